@@ -1,6 +1,8 @@
 """A checkpoint read as if its weights were stored in another dtype."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,16 @@ class CastReader(DerivedReader):
     Args:
         reader: reads the checkpoint.
         dtype: the dtype of the params.
+        changes: entries of config.json that name the dtype.
     """
 
-    def __init__(self, reader: Reader, dtype: DTypeLike) -> None:
-        super().__init__(reader, cast_spec(reader.spec, dtype))
+    def __init__(
+        self,
+        reader: Reader,
+        dtype: DTypeLike,
+        changes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(reader, cast_spec(reader.spec, dtype), changes)
 
     def read(self, paths: Iterable[str]) -> Params:
         """Returns the named parameters, in memory; errors as the reader's.

@@ -4,7 +4,8 @@ writes one."""
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -27,7 +28,8 @@ class Reader(Protocol):
         assets: a folder with all that is not weights: config.json, the tokenizer's files, ...
 
     One of a format that rounds has a method `held` besides; see `rounding`. One of a format that
-    decodes its weights to a wider dtype has a `save_dtype` besides; see `preferred_dtype`.
+    decodes its weights to a wider dtype has a `save_dtype` besides; see `preferred_dtype`. One that
+    reads the weights of another model than `assets` describes has `changes`; see `config_changes`.
     """
 
     spec: Spec
@@ -87,10 +89,14 @@ class DerivedReader:
     Args:
         reader: reads the checkpoint.
         spec: shapes and dtypes of what this one reads.
+        changes: entries of config.json that have other values for what this one reads.
     """
 
-    def __init__(self, reader: Reader, spec: Spec) -> None:
+    def __init__(
+        self, reader: Reader, spec: Spec, changes: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self._reader, self.spec = reader, spec
+        self.changes = {**config_changes(reader), **changes}
 
     @property
     def assets(self) -> Path:
@@ -105,6 +111,11 @@ def rounding(reader: Reader) -> Rounding | None:
     """Returns what a reader's format makes of an array, by the param's path; None: it holds every
     array as it is."""
     return getattr(reader, "held", None)
+
+
+def config_changes(reader: Reader) -> Mapping[str, Any]:
+    """Returns the entries of config.json that have other values for what a reader reads."""
+    return getattr(reader, "changes", {})
 
 
 def preferred_dtype(reader: Reader) -> np.dtype | None:

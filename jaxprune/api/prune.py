@@ -20,6 +20,7 @@ from convert import (
     writing,
 )
 from convert.casting import saving_dtype
+from convert.checkpoint import config_changes
 from convert.destination import Destination, destination
 from convert.gguf.writing import tensor_bytes
 from convert.hub import require_whole
@@ -410,7 +411,10 @@ def _write_checkpoint(
                 folder.mkdir(parents=True)
             writer = stack.enter_context(
                 fill_checkpoint(
-                    folder, model.reader.spec, model.reader.assets, changes=model.changes
+                    folder,
+                    model.reader.spec,
+                    model.reader.assets,
+                    changes=config_changes(model.reader),
                 )
             )
             if masks:

@@ -7,6 +7,7 @@ too short for a window, `PACK = True` joins them always.
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def default_text(ckpt: str) -> str | None:
     return "wikipedia" if ckpt == "smollm2-135m" else None
 
 
+def require_vocabulary(sources: Iterable[str], length: int, vocab_size: int) -> None:
+    """Raises InputError for token ids of .npy files that are not below `vocab_size`.
+
+    Args:
+        sources: names and paths of sources.
+        length: tokens of a window.
+        vocab_size: tokens of the model's vocabulary.
+    """
+    for source in sources:
+        if source.endswith(".npy"):
+            load_windows(source, length, vocab_size)
+
+
 def calibration_windows(
     source: str,
     tokenizer: Any,
@@ -50,7 +64,6 @@ def calibration_windows(
     seed: int = 0,
     *,
     pack: bool = False,
-    vocab_size: int | None = None,
 ) -> Int[np.ndarray, "count length"]:
     """Samples calibration windows.
 
@@ -68,7 +81,6 @@ def calibration_windows(
         length: tokens a window.
         seed: the seed of the order of documents and the places of windows.
         pack: join documents.
-        vocab_size: ids of .npy have to be below it; None: below 2^31.
 
     Returns:
         int32[count, length].
@@ -87,7 +99,7 @@ def calibration_windows(
             f"of {count} windows none is of {none[0]}", options={"nsamples": Change.RAISE}
         )
     found = {
-        one: _windows_of(one, tokenizer, share, length, seed, pack=pack, vocab_size=vocab_size)
+        one: _windows_of(one, tokenizer, share, length, seed, pack=pack)
         for one, share in counts.items()
     }
     places = np.concatenate([(np.arange(share) + 0.5) / share for share in counts.values()])
@@ -103,12 +115,11 @@ def _windows_of(
     seed: int,
     *,
     pack: bool,
-    vocab_size: int | None,
 ) -> Int[np.ndarray, "count length"]:
     """Samples windows of one source; see `calibration_windows`."""
     generator = np.random.default_rng(seed)
     if source.endswith(".npy"):
-        windows = load_windows(source, length, vocab_size)
+        windows = load_windows(source, length)
         if len(windows) < count:
             raise InputError(
                 f"{source} holds {len(windows)} windows, not {count}",
@@ -125,8 +136,6 @@ def evaluation_windows(
     tokenizer: Any,
     length: int,
     limit: int | None = None,
-    *,
-    vocab_size: int | None = None,
 ) -> Int[np.ndarray, "windows length"]:
     """Returns consecutive windows of a source's test split: documents joined by a blank line,
     tokenized as one text.
@@ -136,13 +145,12 @@ def evaluation_windows(
         tokenizer: a transformers tokenizer; not used for .npy.
         length: tokens a window; the remainder of the text is dropped.
         limit: the most windows.
-        vocab_size: see `calibration_windows`.
 
     Raises:
         InputError: no such source, or not one window of text.
     """
     if source.endswith(".npy"):
-        return load_windows(source, length, vocab_size)[:limit].astype(np.int32)
+        return load_windows(source, length)[:limit].astype(np.int32)
     found, total = [], 0
     for ids in open_source(source, "test", tokenizer).whole():
         found.append(ids)

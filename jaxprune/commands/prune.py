@@ -201,9 +201,11 @@ def windows_of(config: Config, model: "StreamedModel") -> "np.ndarray":
     Raises:
         InputError: see `calibration.calibration_windows`.
     """
-    from jaxprune.calibration import calibration_windows
+    from jaxprune.calibration import calibration_windows, require_vocabulary, sources_of
 
     assert config.calib
+    vocab_size = model.architecture.config.vocab_size
+    require_vocabulary(sources_of(config.calib), config.seqlen, vocab_size)
     return calibration_windows(
         config.calib,
         _tokenizer_for(config.calib, model),
@@ -211,7 +213,6 @@ def windows_of(config: Config, model: "StreamedModel") -> "np.ndarray":
         config.seqlen,
         config.seed,
         pack=config.pack,
-        vocab_size=model.architecture.config.vocab_size,
     )
 
 

@@ -230,13 +230,15 @@ class Evaluator:
 
     def _windows_of(self, model: StreamedModel) -> dict[str, np.ndarray]:
         try:
+            calibration.require_vocabulary(
+                self._measures.texts, self._measures.seqlen, model.architecture.config.vocab_size
+            )
             return {
                 source: calibration.evaluation_windows(
                     source,
                     None if source.endswith(".npy") else model.tokenizer,
                     self._measures.seqlen,
                     self._measures.windows,
-                    vocab_size=model.architecture.config.vocab_size,
                 )
                 for source in self._measures.texts
             }

@@ -1,6 +1,7 @@
 """A checkpoint without some of its experts, as if it had never had them."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ class KeptExperts(DerivedReader):
         reader: reads the whole checkpoint.
         kept: layer index -> the experts that stay, in order.
         routers: layer index -> paths of its routers.
+        changes: entries of config.json that count the experts.
     """
 
     def __init__(
@@ -25,8 +27,9 @@ class KeptExperts(DerivedReader):
         reader: Reader,
         kept: Mapping[int, Sequence[int]],
         routers: Mapping[int, Collection[str]],
+        changes: Mapping[str, Any],
     ) -> None:
-        super().__init__(reader, {})
+        super().__init__(reader, {}, changes)
         self._kept = {f"layers.{index}": experts for index, experts in kept.items()}
         self._routers = {
             f"layers.{index}.{path}" for index, paths in routers.items() for path in paths

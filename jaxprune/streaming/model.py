@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 from convert import Params, Reader, open_checkpoint
 from convert.assets import DTYPE_ENTRIES, load_tokenizer, read_config
 from convert.casting import CastReader
+from convert.checkpoint import config_changes
 from convert.names import EXPERT_COUNTS
 from jaxprune.calibration import require_ids
 from jaxprune.errors import InputError
@@ -39,10 +39,9 @@ class StreamedModel:
         scratch: a folder for hidden states; None: they are kept in memory.
         name: the name of the checkpoint, as it was given.
         source: the folder or file that the reader reads; None: the reader's own folder.
-        changes: entries of config.json that are taken to have other values.
 
     Attributes:
-        reader, devices, scratch, name, source, changes: as given.
+        reader, devices, scratch, name, source: as given.
         teacher: the model that it was made of by `keeping` or `saved_as`; else itself.
         architecture: its parts and shapes.
 
@@ -59,13 +58,11 @@ class StreamedModel:
         scratch: Path | None = None,
         name: str = "",
         source: Path | None = None,
-        changes: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.reader, self.devices, self.scratch = reader, devices, scratch
         self.source = source or reader.assets
         self.name = name or str(self.source)
-        self.changes = changes
-        architecture = architecture_of(reader.assets, dtype, reader.spec, changes)
+        architecture = architecture_of(reader.assets, dtype, reader.spec, config_changes(reader))
         if architecture.config.routing and devices.mesh:
             architecture = architecture.routed(mesh=devices.mesh)
         self.architecture: Architecture = architecture
@@ -86,10 +83,8 @@ class StreamedModel:
         """
         routers = {index: layer.scorers for index, layer in enumerate(self.architecture.layers)}
         count = max(map(len, kept.values()))
-        changes = dict(self.changes) | {
-            name: count for name in EXPERT_COUNTS if name in self.hf_config
-        }
-        return self._made_of(KeptExperts(self.reader, kept, routers), changes)
+        changes = {name: count for name in EXPERT_COUNTS if name in self.hf_config}
+        return self._made_of(KeptExperts(self.reader, kept, routers, changes))
 
     def saved_as(self, dtype: DTypeLike) -> "StreamedModel":
         """Returns the model with weights that are stored in another dtype; the dtype of the
@@ -102,16 +97,14 @@ class StreamedModel:
             InputError: a norm, a bias or an embedding holds a number that is too large for the
                 dtype. Kernels are checked when they are read.
         """
-        reader = CastReader(self.reader, dtype)
-        reader.require_range()
         names = [name for name in DTYPE_ENTRIES if name in self.hf_config] or DTYPE_ENTRIES[:1]
-        changes = dict(self.changes) | dict.fromkeys(names, np.dtype(dtype).name)
-        return self._made_of(reader, changes)
+        changes = dict.fromkeys(names, np.dtype(dtype).name)
+        reader = CastReader(self.reader, dtype, changes)
+        reader.require_range()
+        return self._made_of(reader)
 
-    def _made_of(self, reader: Reader, changes: Mapping[str, Any]) -> "StreamedModel":
-        made = StreamedModel(
-            reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes
-        )
+    def _made_of(self, reader: Reader) -> "StreamedModel":
+        made = StreamedModel(reader, self.dtype, self.devices, self.scratch, self.name, self.source)
         made.teacher = self.teacher
         return made
 
@@ -156,7 +149,7 @@ class StreamedModel:
     @functools.cached_property
     def hf_config(self) -> dict[str, Any]:
         """The content of config.json."""
-        return read_config(self.reader.assets) | dict(self.changes)
+        return read_config(self.reader.assets) | dict(config_changes(self.reader))
 
     def require_tokens(self, tokens: Int[np.ndarray, "w t"]) -> None:
         """Raises InputError for token ids outside the vocabulary, or windows longer than the model

@@ -4,6 +4,7 @@ wrong."""
 import os
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,23 @@ from jaxprune import calibration
 from jaxprune.errors import InputError
 
 
-def refused(
-    message: str, path: Path, count: int = 1, length: int = 4, vocab_size: int | None = 100
-) -> None:
-    """Expects the same line of calibration and of evaluation."""
-    for windows in (
-        lambda: calibration.calibration_windows(
-            str(path), None, count, length, 0, vocab_size=vocab_size
-        ),
-        lambda: calibration.evaluation_windows(str(path), None, length, vocab_size=vocab_size),
-    ):
+def vocabulary(path: Path) -> None:
+    calibration.require_vocabulary([str(path)], 4, 100)
+
+
+def reads(path: Path) -> None:
+    calibration.calibration_windows(str(path), None, 1, 4)
+
+
+def evaluates(path: Path) -> None:
+    calibration.evaluation_windows(str(path), None, 4)
+
+
+def refused(message: str, path: Path, *checks: Callable[[Path], None]) -> None:
+    """Expects the same line of all that read such a file."""
+    for check in checks or (vocabulary, reads, evaluates):
         with pytest.raises(InputError) as caught:
-            windows()
+            check(path)
         assert re.search(message, line := worded(caught.value)), line
 
 
@@ -66,19 +72,13 @@ def test_the_first_id_outside_the_vocabulary_is_named(
 ) -> None:
     ids = np.full((5, 8), 99, dtype)
     ids[3, 2] = ids[4, 1] = value
-    refused(
-        f"window 3, position 2: .*, found {value}, wanted 0 to 99", save(tmp_path / "ids.npy", ids)
-    )
+    path = save(tmp_path / "ids.npy", ids)
+    refused(f"window 3, position 2: .*, found {value}, wanted 0 to 99", path, vocabulary)
     if not 0 <= value < 2**31:
-        refused("window 3, position 2", tmp_path / "ids.npy", vocab_size=None)
+        refused("window 3, position 2", path, reads, evaluates)
     ids[3, 2] = ids[4, 1] = 99
     save(tmp_path / "ids.npy", ids)
-    assert (
-        calibration.calibration_windows(
-            str(tmp_path / "ids.npy"), None, 5, 8, 0, vocab_size=100
-        ).max()
-        == 99
-    )
+    vocabulary(path)
 
 
 @pytest.mark.parametrize(
