@@ -176,8 +176,8 @@ class ConfigFile:
     """The flag that all commands have."""
 
     config: str | None = None
-    """A file of options, .yaml or .json, named as the flags; flags given beside it win. For prune,
-    plan and snapshot also the jaxprune.json of a run, which is then repeated."""
+    """A .yaml or .json file with options, named like the flags. Flags on the command line override
+    it. prune, plan and snapshot also take the jaxprune.json of a run, to repeat the run."""
 
 
 def _positional(name: str, text: str, several: bool) -> inspect.Parameter:

@@ -1,4 +1,4 @@
-"""How a model is computed, as the user says it."""
+"""The options that say how a model is computed."""
 
 import dataclasses
 import os
@@ -16,10 +16,10 @@ class ComputationOptions:
     """Options of every command that runs a model."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the model's computation; auto is float32 on a CPU and the checkpoint's dtype elsewhere. It
-    does not change how a pruned model is stored."""
+    """The dtype of the computation; auto is float32 on a CPU, the checkpoint's dtype elsewhere. It
+    does not change the dtype of the stored result."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """The kind of device to run on; auto takes the best there is, gpu is CUDA's."""
+    """The kind of device; auto uses the best available one, gpu means CUDA."""
 
     @property
     def computation_dtype(self) -> np.dtype | None:
@@ -36,10 +36,9 @@ class StreamingOptions(ComputationOptions):
     """
 
     hidden: Literal["memory", "disk"] = "memory"
-    """Where hidden states are between layers: in host memory, or in files of --scratch that take
-    none of it."""
+    """Where to keep hidden states between layers: in host memory, or in files in --scratch."""
     scratch: str | None = None
-    """A folder for --hidden disk (default: where --out is made). Nothing stays in it."""
+    """The folder for --hidden disk (default: the folder of --out). The run removes its files."""
 
     def __post_init__(self) -> None:
         if self.scratch and self.hidden != "disk":

@@ -45,15 +45,15 @@ class Options:
     """How the result is written."""
 
     to: str | None = None
-    """Format of the target: hf, orbax, packed, in which a pruned checkpoint takes less disk, or
-    gguf (default: gguf where the target's name ends so, else hf)."""
+    """The format to write: hf, orbax, gguf, or packed, which stores a pruned checkpoint in less
+    space (default: gguf if the target's name ends in .gguf, else hf)."""
     type: str | None = None
-    """How a GGUF file stores matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (default:
-    what the checkpoint was quantized to, else f16)."""
+    """The type of matrices in a GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (default:
+    the type to which the checkpoint was quantized, else f16)."""
     zstd: int | None = None
-    """Level, 1 to 22, at which zstd compresses what is packed (default: 3); 0: not at all."""
+    """zstd compression level of packed files, 1 to 22 (default: 3); 0 turns compression off."""
     overwrite: bool = False
-    """Replace an earlier result that nobody changed."""
+    """Replace an earlier result, unless it has been changed since."""
 
 
 @command
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs a command line."""
     given = CommandLine(argv, __name__).read(
         Section("Result", Options),
-        positionals={"source": CHECKPOINT, "target": "The folder to make; of GGUF the file."},
+        positionals={"source": CHECKPOINT, "target": "The folder to create, or the file for GGUF."},
     )
     wanted = make(Options, given)
     to = wanted.to or ("gguf" if given["target"].endswith(".gguf") else "hf")

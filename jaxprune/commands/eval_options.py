@@ -1,4 +1,4 @@
-"""What to measure of checkpoints, as the user says it."""
+"""The options that say what to measure of checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -25,31 +25,30 @@ class EvalOptions:
     """Options of every command that evaluates."""
 
     eval: str | None = None
-    """What to measure: ppl (perplexity of a text; against a dense model also the KL divergence and
-    how often both find the same next token the most probable), samples (prompts continued, to
-    read), zero-shot (tasks of lm-eval), several as ppl,zero-shot, or none (default: of a run ppl,
-    of jaxprune evaluate ppl,zero-shot)."""
+    """What to measure, separated by commas. ppl: perplexity of a text and, against a dense model,
+    KL divergence and top-1 agreement. samples: continuations of prompts. zero-shot: lm-eval tasks.
+    none: nothing (default: ppl for a run, ppl,zero-shot for jaxprune evaluate)."""
     eval_text: str | None = None
     """Texts for ppl, separated by commas: wikitext2, c4, wikipedia, or a file as for --calib
-    (default: wikitext2; wikipedia for smollm2-135m, other articles than calibration's)."""
+    (default: wikitext2; wikipedia for smollm2-135m, with other articles than for calibration)."""
     eval_seqlen: int | None = None
-    """Tokens of an evaluation window (default: --seqlen, else 2048)."""
+    """Number of tokens of an evaluation window (default: --seqlen, else 2048)."""
     eval_windows: int | None = None
-    """Evaluate on the first so many windows of a text only (default: all)."""
+    """Use only this many windows of a text, from its start (default: all)."""
     prompts: str | None = None
-    """A file of prompts for samples: .txt, one a line, or texts or conversations as for --calib
-    (default: a dozen)."""
+    """A file with prompts for samples: .txt with one prompt per line, or texts or conversations as
+    for --calib (default: twelve built-in prompts)."""
     sample_tokens: int | None = None
-    """Tokens of a sample, at most (default: 48)."""
+    """Maximum number of tokens of a sample (default: 48)."""
     tasks: str | None = None
-    """Tasks for zero-shot, separated by commas: any of lm-eval's (default: the paper's seven,
-    boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa)."""
+    """lm-eval tasks for zero-shot, separated by commas (default: the paper's seven: boolq, rte,
+    hellaswag, winogrande, arc_easy, arc_challenge, openbookqa)."""
     limit: int | None = None
-    """Only the first so many rows of each task (default: all)."""
+    """Use only this many rows of each task, from its start (default: all)."""
     tasks_data: str | None = None
-    """A folder with the tasks' rows, TASK.jsonl or TASK.parquet, for a machine without the hub."""
+    """A folder with the rows of the tasks, as TASK.jsonl or TASK.parquet, instead of the hub."""
     backend: Literal["jax", "torch"] = "jax"
-    """What runs the tasks: jax streams the model layer by layer; torch holds all of it, in
+    """What runs the tasks: jax streams the model layer by layer; torch loads the whole model into
     lm-eval's HFLM."""
 
     @property

@@ -25,12 +25,12 @@ class ResultOptions:
     """What is compared, and where the result goes."""
 
     against: str | None = None
-    """The dense checkpoint, for KL divergence and its own figures (default: the others are not
-    compared)."""
+    """The dense checkpoint. It is measured too, and the others are compared with it (default: no
+    comparison)."""
     out: str = "evaluation"
-    """The folder for jaxprune.json, report.html and lm-eval's results."""
+    """The folder to create for jaxprune.json, report.html and lm-eval's results."""
     overwrite: bool = False
-    """Replace an evaluation that is there already, if nobody changed it."""
+    """Replace an earlier evaluation, unless it has been changed since."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
         Section("Checkpoints and result", ResultOptions),
         Section("What to measure", EvalOptions),
         Section("Machine", StreamingOptions),
-        positionals={"checkpoints": "Folders, .gguf files, known names, or owner/name of a hub."},
+        positionals={"checkpoints": "Folders, .gguf files, known names, or owner/name on the hub."},
         several=True,
     )
     names = given["checkpoints"]

@@ -1,4 +1,4 @@
-"""Let a checkpoint write text, to prune it on where there is too little other text."""
+"""Generate text with a checkpoint, for calibration and tuning when there is too little text."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ class TextOptions(OwnText):
     """What is written, and where."""
 
     out: str
-    """The file to make: rows of JSON, for --calib and --tune-text. It is there when all of it is
-    written; until then OUT.unfinished keeps what is, and the same command goes on from there."""
+    """The file to create, with rows of JSON for --calib and --tune-text. Progress is saved in
+    OUT.unfinished; the same command resumes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

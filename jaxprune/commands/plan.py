@@ -1,4 +1,4 @@
-"""Say what a run would need, and whether it fits; config.json alone is enough.
+"""Print what a run would need, and whether it fits. config.json alone is enough.
 
 It takes the flags of jaxprune prune. Exit status: 0 if the run fits, else 1.
 """

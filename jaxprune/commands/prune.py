@@ -1,4 +1,4 @@
-"""Prune a checkpoint in one shot, layer by layer, and measure what it cost."""
+"""Prune a checkpoint in one shot, layer by layer, and measure its quality."""
 
 import dataclasses
 import time
@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
     for name in ("device_memory", "target"):
         if getattr(config, name) is not None and not config.dry_run:
             raise InputError(
-                f"--{name.replace('_', '-')} is for jaxprune plan and --dry-run: a run takes what "
-                "is there"
+                f"--{name.replace('_', '-')} is for jaxprune plan and --dry-run: a run uses this "
+                "machine"
             )
     if config.dry_run:
         from jaxprune.commands.plan import plan

@@ -20,28 +20,25 @@ EXAMPLES = """Examples:
     jaxprune push ./pruned me/llama-7b-2of4 --public --base-model huggyllama/llama-7b"""
 HTTP_ERRORS = http_errors()
 RAISED: tuple[type[Exception], ...] = (RuntimeError, *HTTP_ERRORS)
-"""By an upload; RuntimeError of a large file, because of another."""
+"""The errors of an upload. That of a large file is a RuntimeError with the cause attached."""
 EMPTY = {".gitattributes", "README.md"}
-"""What a repository has that somebody has only made."""
+"""The files of a new repository without content."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is sent, and how it is shown."""
+    """What to send, and who can see it."""
 
     public: bool = False
-    """Let everybody see it (default: it is private). A repository that is there already has to be
-    so."""
+    """Create a public repository (default: a private one). An existing repository must match."""
     base_model: str | None = None
-    """The hub's repository of the dense model (default: that of the run's --ckpt, where it is
-    one)."""
+    """The dense model's repository on the hub (default: --ckpt of the run, if it is one)."""
     license: str | None = None
-    """The hub's name of the licence, such as apache-2.0 (default: that of the base model on the
-    hub)."""
+    """The licence, by the hub's name, such as apache-2.0 (default: the base model's)."""
     overwrite: bool = False
-    """Add a commit to a repository that has files already."""
+    """Add a commit to a repository that already has files."""
     dry_run: bool = False
-    """Say what would be sent, and send nothing."""
+    """Print what would be sent, and send nothing."""
 
 
 @command

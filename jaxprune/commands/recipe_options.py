@@ -1,5 +1,4 @@
-"""The options that say how kernels are pruned, of every command that prunes; a command line -> a
-recipe."""
+"""The options that say how to prune, and the recipe that a command line makes of them."""
 
 import dataclasses
 import inspect
@@ -25,21 +24,21 @@ class Flags:
     """The flags that all methods share."""
 
     method: str | None = None
-    """How to prune: selects the mask and updates the weights (default: admm)."""
+    """The pruning method, which selects the mask and updates the weights (default: admm)."""
     mask: str | None = None
-    """Select the mask with another method; or take one made elsewhere, from-checkpoint:DIR (the
-    zeros of a pruned checkpoint) or from-file:FILE (made by --save-masks)."""
+    """Select the mask with this method instead. Or use a given mask: from-checkpoint:DIR uses the
+    zeros of a pruned checkpoint, from-file:FILE a file that --save-masks made."""
     update: str | None = None
-    """Update the dense weights under the mask with another method; exact solves for the optimum."""
+    """Update the weights under the mask with this method instead; exact computes the optimum."""
     sparsity: float | None = None
     """Fraction of weights to set to zero in every linear layer (default: 0.5; N:M patterns have
     their own)."""
     pattern: str | None = None
-    """unstructured (the smallest of a whole matrix go), per-output (of each output), or N:M, such
-    as 2:4 (N of every M consecutive inputs stay). Default: as the mask's method was published."""
+    """unstructured compares the weights of a whole matrix, per-output those of each output. N:M,
+    such as 2:4, keeps N of every M consecutive inputs. Default: as the mask's method was published.
+    """
     finish_steps: int = 0
-    """Bring the weights nearer to the optimum under the mask by so many conjugate-gradient steps at
-    the end."""
+    """Number of conjugate-gradient steps after the method, towards the optimum under the mask."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,29 +46,29 @@ class WholeModel:
     """The flags that only matter where a whole model is pruned."""
 
     preset: str | None = None
-    """Options that serve most: all weigh outputs by the loss's gradients, give every linear layer a
-    sparsity of its own, but for N:M, and tune the kept weights; best for longer than fast, and
-    thorough on a million tokens (see --tune-tokens), for which --dry-run says how long it takes.
-    Options given beside it win."""
+    """Use a tested set of options. All presets weigh outputs by the gradients of the loss, give
+    every linear layer its own sparsity (except for N:M) and tune the kept weights. best tunes
+    longer than fast; thorough tunes on a million tokens (see --tune-tokens). --dry-run estimates
+    the time. Other options that you give override the preset's."""
     uniform: bool = False
-    """The same sparsity for every linear layer, whatever the preset says."""
+    """Give every linear layer the same sparsity, even with a preset."""
     asymmetry: float = 0.0
-    """Let every linear layer make up for this share of what its inputs lost in the layers before: 0
-    keeps its own output on its pruned inputs, 1 aims at the dense model's. Takes another forward
-    pass."""
+    """Fraction of the activation shift that every linear layer compensates. 0 preserves a layer's
+    own output on its pruned inputs, 1 targets the dense model's output. Above 0, each layer needs
+    another forward pass."""
     quantize: Literal["q4_0", "q5_0"] | None = None
-    """At the very end, bring all linear layers to the grid of this type of a GGUF file, those that
-    --skip leaves dense too, for a file stores them alike; weights that stay make good what each
-    loses. `jaxprune convert OUT OUT.gguf --type q4_0` then writes them as they are. Rounding to
-    eight bits costs nothing, so there is no q8_0."""
+    """Quantize all linear layers to the grid of this GGUF type at the end, including those that
+    --skip leaves dense. The remaining weights compensate each rounding error. `jaxprune convert OUT
+    OUT.gguf --type q4_0` then stores them exactly. There is no q8_0, because rounding to 8 bits
+    costs nothing."""
     skip: tuple[str, ...] = ()
-    """Leave linear layers dense, by name: 'layers.0.*' or '*.down_proj'; may be given several
-    times."""
+    """Leave linear layers dense, by name, such as 'layers.0.*' or '*.down_proj'. You can repeat
+    this option."""
     rule: tuple[str, ...] = ()
-    """Give linear layers a pattern of their own: NAMES=SPARSITY or NAMES=N:M, such as
-    '*.q_proj=0.8' or 'layers.2[0-9].*=2:4'; may be given several times, and of two that name a
-    linear layer the later counts. Where sparsities are spread, the others make up for it, so that
-    --sparsity holds in total. Rules that name every linear layer decide alone."""
+    """Give linear layers their own pattern: NAMES=SPARSITY or NAMES=N:M, such as '*.q_proj=0.8' or
+    'layers.2[0-9].*=2:4'. You can repeat this option; the last rule that names a layer applies.
+    With --max-deviation, the other layers compensate, so that the total is --sparsity. If rules
+    name every linear layer, only they apply."""
 
 
 def _rule(text: str, per_output: bool) -> Rule:
@@ -225,8 +224,8 @@ class RecipeOptions:
         }
 
     def flags_of(self, role: str) -> dict[str, str]:
-        """Returns field -> flag of the method in a role; flags that both methods have are told
-        apart by their role."""
+        """Returns field -> flag of the method in a role; a flag that both methods have
+        begins with the role."""
         shared = set().union(*(self._fields(other) for other in self._plain() if other != role))
         return {name: f"{role}_{name}" if name in shared else name for name in self._fields(role)}
 

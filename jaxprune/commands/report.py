@@ -1,4 +1,4 @@
-"""Make one HTML page about several runs and evaluations."""
+"""Create one HTML page about several runs and evaluations."""
 
 import dataclasses
 import os
@@ -21,12 +21,12 @@ EXAMPLES = """Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The page."""
+    """Where the page goes."""
 
     out: str
-    """The page to make."""
+    """The page to create."""
     overwrite: bool = False
-    """Replace an earlier page that nobody changed."""
+    """Replace an earlier page, unless it has been changed since."""
 
 
 @command

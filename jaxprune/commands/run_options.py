@@ -42,22 +42,20 @@ class ResultOptions:
 
     ckpt: str
     """The dense checkpoint: a known name such as llama-7b, a folder, a .gguf file, or owner/name on
-    the hub; here or in --config."""
+    the hub. Required, here or in --config."""
     out: str | None = None
-    """The folder to make (default: named after checkpoint, method and pattern, in the current
-    folder)."""
+    """The folder to create (default: in the current folder, named after checkpoint, method and
+    pattern)."""
     overwrite: bool = False
-    """Replace --out (and --save-masks) if it exists; it is replaced only once the new one is
-    complete."""
+    """Replace --out (and --save-masks) if it exists, once the new result is complete."""
     resume: bool = False
-    """Resume a run that was stopped, or fail. The same command goes on by itself wherever
-    there is something to resume: what is finished is kept in OUT.unfinished until the run
-    ends."""
+    """Fail unless there is a stopped run to resume. Without this option, the same command also
+    resumes a stopped run: progress is saved in OUT.unfinished until the run ends."""
     save_dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """The dtype that --out is stored in (default: the checkpoint's; float16 for a quantized GGUF
+    """The dtype of the result's weights (default: the checkpoint's; float16 for a quantized GGUF
     file)."""
     save_masks: str | None = None
-    """A file for the masks, packed bits in safetensors, for fine-tuning that keeps them."""
+    """Also write the masks to this file, as packed bits in safetensors, for fine-tuning."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,20 +64,21 @@ class CalibrationOptions:
 
     calib: str | None = None
     """Calibration text: c4, wikitext2, wikipedia, a file (.jsonl, .json.gz, .parquet, .txt, or .npy
-    of token ids [count, length]), or a folder laid out as on the hub (default: c4; wikipedia for
-    smollm2-135m). Rows have text, or messages, to which the checkpoint's chat template is applied.
-    Several share the windows: c4:3,chats.jsonl:1."""
+    with token ids [count, length]), or a folder in the hub's layout (default: c4; wikipedia for
+    smollm2-135m). Rows contain text, or messages for the checkpoint's chat template. To mix
+    sources, separate them by commas and add weights: c4:3,chats.jsonl:1."""
     tune_text: str | None = None
-    """The text that --tune-tokens takes its tokens from, named as for --calib (default: the
-    calibration text), such as text that jaxprune generate had the model write."""
+    """The text for --tune-tokens, named as for --calib (default: the calibration text). It can be
+    text that jaxprune generate made."""
     nsamples: int = 128
-    """Calibration windows."""
+    """Number of calibration windows."""
     seqlen: int = 2048
-    """Tokens of a calibration window."""
+    """Number of tokens of a calibration window."""
     pack: bool = False
-    """Join documents to fill calibration windows, instead of skipping those shorter than one."""
+    """Join documents to fill calibration windows, instead of skipping documents that are shorter
+    than a window."""
     seed: int = 0
-    """Decides which calibration windows are taken; a run is deterministic in it."""
+    """Seed for the choice of calibration windows. The same seed gives the same result."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,15 +86,15 @@ class MachineOptions(StreamingOptions):
     """What a run is computed on."""
 
     devices: int | None = None
-    """Devices of each process (default: all there are; on a CPU, which can be divided, 1)."""
+    """Number of devices of each process (default: all; 1 on a CPU, which can be divided)."""
     coordinator: str | None = None
-    """One run on several hosts: host:port of the first process, with --processes and --process-id;
-    or auto, which asks SLURM, Open MPI or a TPU pod. The port after it is used as well. All hosts
-    must see --ckpt and --out."""
+    """Run on several hosts: host:port of the first process, with --processes and --process-id. Or
+    auto, which asks SLURM, Open MPI or a TPU pod. The run also uses the next port. All hosts must
+    have access to --ckpt and --out."""
     processes: int | None = None
-    """How many processes there are, usually one a host."""
+    """Number of processes, usually one per host."""
     process_id: int | None = None
-    """The number of this one, from 0."""
+    """Index of this process, from 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,24 +102,24 @@ class PlanOptions:
     """What is asked before a run."""
 
     dry_run: bool = False
-    """Only say what the run would need (device and host memory, disk, FLOPs, time), and whether it
-    fits. config.json and the headers of the weights are enough, or config.json alone."""
+    """Only print what the run would need (device and host memory, disk, FLOPs, time), and whether
+    it fits. This reads only config.json, and the headers of the weights if they are there."""
     device_memory: float | None = None
-    """GiB of a device, instead of what this machine's device has: to plan for another one."""
+    """Plan for a device with this much memory in GiB, instead of this machine's device."""
     target: str | None = None
-    """Plan for hardware that need not be here, with its own compiler where that is installed: h100,
-    a100, rtx4090, v5e, v5p, v6e, or several of them. --devices says how many."""
+    """Plan for other hardware: h100, a100, rtx4090, v5e, v5p, v6e, or several of them. The plan
+    uses the hardware's own compiler if it is installed. --devices gives the number."""
     unchecked: bool = False
-    """Begin even where the run would not fit by our count, and without comparing weights from the
-    hub with their digests."""
+    """Start even if the run does not seem to fit, and without comparing weights from the hub with
+    their digests."""
     timing: Literal["jit-vs-eager"] | None = None
-    """First prune the first layer compiled and under jax.disable_jit, and show the seconds of
-    both."""
+    """Before the run, prune the first layer compiled and under jax.disable_jit, and print the
+    seconds of both."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(PlanOptions, MachineOptions, EvalOptions, CalibrationOptions, ResultOptions):
-    """Everything that decides a run's outcome, but for the recipe."""
+    """All options of a run except the recipe."""
 
     def meeting(self, recipe: Recipe) -> tuple[Group, dict[str, Any]] | None:
         """Returns the processes of the run, and what all of them have to be asked alike; None: this

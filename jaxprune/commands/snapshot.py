@@ -1,6 +1,6 @@
-"""Save what pruning one layer starts from, its Gram matrices and kernels, for `jaxprune solve`.
+"""Save the inputs of one layer's solves, its Gram matrices and kernels, for `jaxprune solve`.
 
-That is what the run with these flags starts from, before any tuning.
+They are those of a run with the same flags, before any tuning.
 """
 
 import dataclasses
@@ -39,15 +39,15 @@ class Options:
     """Which layer."""
 
     layer: int
-    """The layer, from 0."""
+    """Index of the layer, from 0."""
     dense_before: bool = False
-    """Leave the layers before it dense, instead of pruning them as the run would."""
+    """Leave the layers before it dense, instead of pruning them as in the run."""
 
 
 @command
 def main(argv: Sequence[str]) -> None:
     """Runs a command line."""
-    own, positionals = [Section("Layer", Options)], {"file": "The file to make."}
+    own, positionals = [Section("Layer", Options)], {"file": "The file to create."}
     given, config, recipe, sparsity = read(argv, __name__, own, positionals)
     wanted = make(Options, given)
     require_at_least(wanted, 0, "layer")

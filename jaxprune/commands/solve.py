@@ -1,7 +1,7 @@
 """Prune one layer from a file of its Gram matrices and kernels, without the model.
 
-`jaxprune snapshot` makes the file. Without --pattern, --sparsity and masks of your own, each linear
-layer gets its pattern of the snapshot's run.
+`jaxprune snapshot` makes the file. Without --pattern, --sparsity and given masks, each linear
+layer gets the pattern that it has in the snapshot's run.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ class Options:
     """What to solve."""
 
     linear: str | None = None
-    """Only this linear, such as mlp.down_proj (default: all of the layer)."""
+    """Solve only this linear layer, such as mlp.down_proj (default: all in the file)."""
     out: str | None = None
-    """A file for the pruned layer, in the same format: its kernels are the pruned ones."""
+    """Write the pruned layer to this file, in the same format with pruned kernels."""
     overwrite: bool = False
-    """Replace --out if it is an earlier result that nobody changed."""
+    """Replace --out if it is an earlier result that has not been changed since."""
 
 
 def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe, bool]:

@@ -1,4 +1,4 @@
-"""Prove from the stored tensors what a pruned checkpoint claims. Exit status: 0 verified, 1 not."""
+"""Verify what a pruned checkpoint claims, from its tensors. Exit status: 0 verified, 1 not."""
 
 import dataclasses
 from collections import Counter
@@ -26,22 +26,21 @@ class Options:
     """What the checkpoint has to be."""
 
     against: str | None = None
-    """The dense checkpoint that it was made from: all but the pruned kernels must be the same, bit
-    for bit. Its tensors are first rounded to the pruned checkpoint's dtype; for a GGUF file, to the
-    file's types."""
+    """The dense checkpoint. All tensors except pruned kernels must be bitwise identical to it. Its
+    tensors are first rounded to the pruned checkpoint's dtype, or to the types of a GGUF file."""
     pattern: str | None = None
-    """The pattern that every linear layer must have: unstructured, per-output, or N:M (default:
-    what jaxprune.json says; else an N:M that nearly all have)."""
+    """The pattern that every linear layer must have: unstructured, per-output, or N:M (default: as
+    in jaxprune.json, else an N:M pattern that nearly all have)."""
     sparsity: float | None = None
-    """The fraction of zeros that every linear layer must have at least (default: as --pattern)."""
+    """The minimum fraction of zeros of every linear layer (default: as for --pattern)."""
     zeros_of: str | None = None
-    """A pruned checkpoint, whose zeros must be zeros here too: a fine-tuning has kept them."""
+    """A pruned checkpoint. Its zeros must also be zeros here, as after fine-tuning."""
     all: bool = False
     """List every linear layer."""
 
 
 MOST_PROBLEMS = 10
-"""So many are printed."""
+"""Maximum number of problems that are printed."""
 
 
 def _rows(
@@ -71,7 +70,7 @@ def _rows(
 def main(argv: Sequence[str]) -> int:
     """Runs a command line; the exit status is 0 if the checkpoint is what it should be, else 1."""
     given = CommandLine(argv, __name__).read(
-        Section("What it has to be", Options), positionals={"checkpoint": CHECKPOINT}
+        Section("Requirements", Options), positionals={"checkpoint": CHECKPOINT}
     )
     wanted = make(Options, given)
     name, pattern = given["checkpoint"], None
