@@ -111,11 +111,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """Real text and a small trained model, where they are."""
+    """Real text and tasks, as scripts/data.py makes them, where they are."""
     folder = os.environ.get("JAXPRUNE_DATA")
     if not folder:
         pytest.skip("JAXPRUNE_DATA names no data folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def stories_model(data: Path) -> Path:
+    """A small trained model, where it is."""
+    folder = data / "models/stories260K"
+    if not folder.is_dir():
+        pytest.skip("the data folder has no trained model")
+    return folder
 
 
 @pytest.fixture(scope="session")

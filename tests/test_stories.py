@@ -22,16 +22,15 @@ pytestmark = needs_torch
 
 
 @pytest.fixture(scope="module")
-def stories(data: Path) -> tuple[Path, np.ndarray]:
+def stories(stories_model: Path) -> tuple[Path, np.ndarray]:
     """The model's folder, and 48 windows of 128 tokens that it told itself."""
-    folder = data / "models/stories260K"
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(stories_model).eval()
     torch.manual_seed(0)
     start = torch.full((48, 1), 1)
     told = model.generate(
         start, max_new_tokens=127, min_new_tokens=127, do_sample=True, top_k=0, pad_token_id=0
     )
-    return folder, told.numpy().astype(np.int32)
+    return stories_model, told.numpy().astype(np.int32)
 
 
 @pytest.mark.slow

@@ -27,11 +27,10 @@ def test_it_is_that_of_transformers(
 
 
 @needs_torch
-def test_a_trained_model(data: Path) -> None:
-    folder = data / "models/stories260K"
+def test_a_trained_model(stories_model: Path) -> None:
     tokens = np.random.default_rng(1).integers(0, 512, (4, 256)).astype(np.int32)
-    assert perplexity(load(folder), tokens) == pytest.approx(
-        perplexity_by_transformers(folder, tokens), rel=1e-4
+    assert perplexity(load(stories_model), tokens) == pytest.approx(
+        perplexity_by_transformers(stories_model, tokens), rel=1e-4
     )
 
 
