@@ -13,8 +13,8 @@ from jaxprune import methods
 from jaxprune.errors import Change, InputError
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed, Finished
+from jaxprune.methods.method_json import StoredMethod, text_of
 from jaxprune.methods.quantization import BITS
-from jaxprune.methods.stored import StoredMethod, text_of
 from jaxprune.recipe_parts import (
     Experts,
     Importance,

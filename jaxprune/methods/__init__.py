@@ -22,7 +22,7 @@ offer it for a method that only updates weights."""
 UPDATES = {"only": "update"}
 """Metadata of an option that matters only if the method updates weights."""
 
-HELPERS = ("combine", "gram", "linalg", "quantization", "stored")
+HELPERS = ("combine", "gram", "linalg", "method_json", "quantization")
 """Modules that define no method."""
 
 Gram = Float[Array, "n n"]

@@ -13,7 +13,7 @@ from jaxprune.distill.schedule import all_zeros_there
 from jaxprune.models.common.functional_modules import every_expert
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import effective_tuning
-from jaxprune.reporting.checkpoints import Checkpoint
+from jaxprune.reporting.report_rows import Checkpoint
 from jaxprune.reporting.svg import (
     AXIS,
     DENSE,

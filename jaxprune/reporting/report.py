@@ -18,10 +18,10 @@ from convert.schema import dump
 from convert.writing import write_text
 from jaxprune.evaluation.perplexity import short_name
 from jaxprune.reporting import plots, svg
-from jaxprune.reporting.checkpoints import Checkpoint, checkpoints_of
 from jaxprune.reporting.documented_runs import compared
 from jaxprune.reporting.model_card import megabytes
 from jaxprune.reporting.record import Record, Run
+from jaxprune.reporting.report_rows import Checkpoint, checkpoints_of
 
 
 def page(records: Sequence[Record]) -> str:

@@ -118,7 +118,7 @@ def problem(path: str) -> None:
 
 def record(path: str) -> None:
     from jaxprune.reporting import record as records
-    from jaxprune.reporting.checkpoints import checkpoints_of
+    from jaxprune.reporting.report_rows import checkpoints_of
 
     checkpoints_of([records.load(Path(path))])  # the figures take a second: the command draws them
     if run := records.run_of(Path(path)):
