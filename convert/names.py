@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 PREFIXES: Mapping[str, str] = {"gpt_neox": "gpt_neox.", "opt": "model.decoder."}
-"""Model type -> what names begin with, but for heads; of all other types it is `model.`."""
+"""Model type -> prefix of names, except of heads. Other types have the prefix `model.`."""
 EMBEDDINGS = ("embed_tokens", "embed_in", "embed_positions")
 HEADS = ("lm_head", "embed_out")
 TIED = ("cohere2", "gemma2", "gemma3_text", "opt", "smollm3")
@@ -32,7 +32,7 @@ class Naming:
     """How a checkpoint's tensors are called.
 
     Attributes:
-        prefix: what the text model's names begin with, but for the head's.
+        prefix: the prefix of the text model's names, except of the head's.
         head: what the head's names begin with.
         alone: whether there is nothing beside the text model; then some checkpoints lack the prefix
             in part or whole.

@@ -69,7 +69,7 @@ class Reader:
         self.spec = ordered(spec, path)
 
     def _headers(self, part: str) -> Spec:
-        """Returns the shapes and dtypes of a part's params, held against the bytes on the disk."""
+        """Returns the shapes and dtypes of a part's params, checked against its bytes on disk."""
         folder = self.assets / "params" / part
         stored = _size(folder)
         with _reading(folder) as readable:

@@ -1,6 +1,6 @@
 """Plugins by name: the modules of a package, and those that other installed packages offer for it.
 
-A package's public modules are its plugins, but for those that its `HELPERS` names. Another
+A package's public modules are its plugins, except those that its `HELPERS` names. Another
 distribution adds one by an entry point whose group is the package's name, such as
 `jaxprune.methods`, and whose value is a module.
 """

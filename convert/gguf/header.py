@@ -1,4 +1,4 @@
-"""Headers of GGUF files: every count, length and offset is held against the file's size before
+"""Headers of GGUF files: every count, length and offset is checked against the file's size before
 anything is made of it.
 
 The gguf package's reader makes Python objects of each element of each array, and believes what a

@@ -101,7 +101,7 @@ def differences(found: Entries, wanted: Any) -> Iterator[str]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Returns whether two values are the same but for float32's rounding; an entry that is None
+    """Returns whether two values are equal up to float32's rounding; an entry that is None
     need not be there."""
     if isinstance(a, dict) and isinstance(b, dict):
         return all(_equal(a.get(name), b.get(name)) for name in a.keys() | b.keys())

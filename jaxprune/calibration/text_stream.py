@@ -1,5 +1,4 @@
-"""A text as a stream of windows, in an order that a seed fixes: what a model is tuned on, however
-much that is."""
+"""A text for tuning, as an endless stream of windows in an order that a seed determines."""
 
 import dataclasses
 import hashlib
@@ -136,9 +135,9 @@ class TextStream:
             for number in count():
                 name, epoch, window = ahead[number % AHEAD].result()
                 ahead[number % AHEAD] = pool.submit(next, windows)
-                if epoch and name not in ended:  # said when it is used, not when it is made
+                if epoch and name not in ended:  # at use, not at prefetch
                     log.warning(
-                        "the text %s is at its end: it is taken again, as often as it takes", name
+                        "the text %s is used up: the tuning repeats it as often as needed", name
                     )
                     ended.add(name)
                 yield window
@@ -160,7 +159,7 @@ class TextStream:
 
 
 def windows_held_out(length: int) -> int:
-    """Returns how many windows of a length are held out."""
+    """Returns the number of held-out windows of a length."""
     return max(LEAST_HELD_OUT, min(HELD_OUT, HELD_OUT * 512 // length))
 
 
@@ -188,7 +187,7 @@ class _Source:
             least = (held_out + 1) * length
             raise InputError(
                 f"{name} has less than the {least} tokens that a tuning needs: {held_out} windows "
-                f"of {length} that are held out, and one to be tuned on",
+                f"of {length} that are held out, and one to tune on",
                 options={"tune_text": Change.OTHER, "seqlen": Change.LOWER},
             )
         self.held_out = ids[: held_out * length].reshape(held_out, length)
@@ -199,7 +198,7 @@ class _Source:
         return ((epoch, window) for epoch in count() for window in self._epoch(epoch))
 
     def _epoch(self, number: int) -> Iterator[Int[np.ndarray, "t"]]:
-        """Yields the windows of all of the text; what is left at its end is left out."""
+        """Yields the windows of the whole text, without the incomplete one at its end."""
         generator = np.random.default_rng([self._seed, number])
         order = generator.permutation(self._order) if number else self._order
         rest, ids = self._cut(self._rest)

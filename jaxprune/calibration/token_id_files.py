@@ -1,5 +1,5 @@
-"""Windows of token ids in a .npy file: its header held against its size, its ids against the
-vocabulary."""
+"""Windows of token ids in a .npy file. Checks its header against its size, and its ids against
+the vocabulary."""
 
 import math
 import os

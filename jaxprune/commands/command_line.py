@@ -1,9 +1,9 @@
 """Command lines by cyclopts: one field of a dataclass = one flag, and the docstring under it is the
 flag's help text.
 
-Cyclopts is chosen over tyro and jsonargparse because its errors are data (so that each is one line
-of ours), it leaves out what was not given (so that what a preset sets can tell), and its help is in
-groups; all three read dataclasses.
+All of cyclopts, tyro and jsonargparse read dataclasses. We use cyclopts for three reasons. Its
+errors are data, which we print on one line. It omits flags that were not given, which may come from
+a preset. Its help is grouped.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxprune.commands import config_file
 from jaxprune.commands.terminal import console
 from jaxprune.errors import InputError, UserError
 
-CHECKPOINT = "A folder, a .gguf file, a known name such as llama-7b, or owner/name of a hub."
+CHECKPOINT = "A folder, a .gguf file, a known name such as llama-7b, or owner/name on the hub."
 """Help of a positional argument that names a checkpoint."""
 
 
@@ -87,7 +87,7 @@ class CommandLine:
         return self.record.config.model_dump() if self.record else {}
 
     def value(self, flag: str) -> str | None:
-        """Returns a flag's value without reading the rest; None where it is not given."""
+        """Returns a flag's value without parsing the others; None if it is not given."""
         stored = self._stored.get(flag)
         return self._given.get(flag, None if stored is None else str(stored))
 
@@ -98,16 +98,16 @@ class CommandLine:
         several: bool = False,
         elsewhere: Callable[[str], str] = lambda flag: "",
     ) -> dict[str, Any]:
-        """Reads it.
+        """Parses the command line.
 
         Args:
             sections: its flags.
-            positionals: name -> help text of what comes without a flag.
-            several: whether there may be several of the last of them.
-            elsewhere: an unknown flag -> where there is such a flag, "" for nowhere.
+            positionals: name -> help text of each positional argument.
+            several: whether the last positional argument can be repeated.
+            elsewhere: an unknown flag -> the command that has it; "" if none has.
 
         Returns:
-            Flag's name, in Python's spelling, -> value, for all that was given and nothing else.
+            Flag's name, in Python's spelling, -> value, of only the flags that were given.
 
         Raises:
             UserError: a flag or a value that cannot be used, or two flags have one name.
@@ -152,7 +152,7 @@ class CommandLine:
         return found | bound.kwargs
 
     def _with_hint(self, problem: str) -> str:
-        return f"{problem} ({self._command} --help lists what there is)"
+        return f"{problem} ({self._command} --help lists the options)"
 
 
 def _said(error: CycloptsError, elsewhere: Callable[[str], str]) -> str:

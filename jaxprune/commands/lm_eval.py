@@ -27,6 +27,6 @@ def main(argv: Sequence[str]) -> None:
     except ConnectionError as error:  # of datasets and the hub
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"what lm-eval needs cannot be fetched ({reason}): connect to the hub once, or have "
-            "jaxprune evaluate --tasks-data read a task's rows from a folder"
+            f"the data for lm-eval cannot be downloaded ({reason}): connect to the hub once, "
+            "or read the tasks' rows from a folder with jaxprune evaluate --tasks-data"
         ) from error

@@ -34,9 +34,9 @@ EXAMPLES = """Examples:
     jaxprune plan --ckpt llama2-70b --device-memory 16 --dtype bfloat16
     jaxprune plan --ckpt ./model --preset best --sparsity 0.7"""
 EVALUATION_TOKENS = 350_000
-"""Assumed of a text where --eval-windows does not say: WikiText-2's test split has so many."""
+"""Assumed length of a text without --eval-windows: that of WikiText-2's test split."""
 WORTH_A_WORD = 1.3
-"""How many times as fast products in bfloat16 are at least for a hint."""
+"""Minimum speedup of matrix products in bfloat16 for which the plan suggests --dtype."""
 
 
 @partial(command, group_of=group_of)
@@ -82,7 +82,7 @@ def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
             gain = matrix_rate("bfloat16") / matrix_rate("float32")
             if gain > WORTH_A_WORD:
                 console.print(
-                    f"its products in bfloat16 are {gain:.1f} times as fast: --dtype bfloat16"
+                    f"products in bfloat16 are {gain:.1f} times as fast: try --dtype bfloat16"
                 )
     problems = list(fit_check.shortages(need, run))
     for problem in problems:
@@ -93,14 +93,13 @@ def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
 
 
 def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) -> int:
-    """Prints what a run would need and take on hardware that need not be here; returns the exit
-    status."""
+    """Prints the needs and the time of a run on target hardware; returns the exit status."""
     for name, given in (
         ("device", config.device != "auto"),
         ("device-memory", config.device_memory is not None),
     ):
         if given:
-            raise InputError(f"--target says what the hardware is: leave --{name} out")
+            raise InputError(f"--target already selects the hardware: remove --{name}")
     require_suitable(config, recipe, sparsity)
     names = [name.strip() for name in (config.target or "").split(",")]
     targets, count = {name: target_of(name) for name in names}, config.devices or 1
@@ -127,9 +126,9 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
         if target.has_compiler:
             fits = "no" if short else "yes"
             problems += [f"does not fit: {name}: {worded(one)}" for one in short]
-        else:  # the most that its programs could need
+        else:  # without the compiler, the need is an upper bound
             fits = "perhaps" if short else "yes"
-            problems += [f"may not fit, the compiler would tell: {name}: {one}" for one in short]
+            problems += [f"may not fit (its compiler can tell): {name}: {one}" for one in short]
         needed = f"{_gib(need.device)} of {_gib(target.usable)}"
         summary.append([name, needed, fits, duration(need.seconds)])
     if len(summary) > 1:

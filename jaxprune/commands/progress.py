@@ -1,4 +1,4 @@
-"""What a run says while it works: lines, progress bars, the table of its timing."""
+"""The output of a running command: lines, progress bars and the table of its timing."""
 
 import json
 import os
@@ -39,7 +39,7 @@ SHORTER = {
 
 
 class Progress(Observer):
-    """Shows what happens on the terminal, between `__enter__` and `__exit__`.
+    """Shows the progress of a run on the terminal, between `__enter__` and `__exit__`.
 
     Args:
         devices: the devices that the work runs on.
@@ -73,25 +73,25 @@ class Progress(Observer):
         times = seconds(need, self._devices)
         total = duration(sum(times.values()))
         beside = "compilation and the tasks of lm-eval" if self._tasks else "compilation"
-        console.print(f"this takes about {total}, beside {beside}; {longest(times)}")
+        console.print(f"this takes about {total}, plus {beside}; {longest(times)}")
 
     def started(self, what: str, count: int, unit: str = "layers") -> None:
         """Begins a new progress bar."""
         self._stop()
         if what != "pruning":
-            keep_memory(large=True)  # logits from here on
+            keep_memory(large=True)  # the phases from here on compute logits
         self._count = count
         self._bar = progress_bar()
         self._task = self._bar.add_task(what, total=count, unit=unit)
         self._bar.start()
 
     def layer_visited(self, index: int) -> None:
-        """Moves the bar on."""
+        """Advances the bar."""
         if self._bar:
             self._bar.advance(self._task)
 
     def layer_done(self, result: LayerResult) -> None:
-        """Prints a line on a pruned layer."""
+        """Prints a line about a pruned layer."""
         if self._bar:
             self._bar.console.print(layer_line(result, self._count))
             self._bar.update(self._task, completed=result.index + 1)
@@ -101,7 +101,7 @@ class Progress(Observer):
         self._stop()
         if isinstance(result, Evaluation):
             header, rows = result.rows()
-            if len(header) > MOST_COLUMNS:  # a row for each checkpoint then
+            if len(header) > MOST_COLUMNS:  # one row per checkpoint instead
                 header, *rows = map(list, zip(header, *rows, strict=True))
             print_table(rows, header)
             print_samples(result.qualities)
@@ -116,12 +116,12 @@ class Progress(Observer):
             print_samples(result.evaluation)
 
     def tuning_resumed(self, step: int) -> None:
-        """Says where the tuning goes on."""
+        """Prints the step with which the tuning resumes."""
         if self._bar:
             self._bar.console.print(f"the tuning resumes with step {step + 1}")
 
     def step_done(self, number: int, steps: int, divergence: float) -> None:
-        """Moves the bar on; says the mean divergence over each quarter of the steps."""
+        """Advances the bar and prints the mean divergence over each quarter of the steps."""
         self._divergences.append(divergence)
         if self._bar:
             self._bar.update(self._task, completed=number)
@@ -135,10 +135,10 @@ class Progress(Observer):
                 self._divergences = []
 
     def divergence_measured(self, tokens: int, divergence: float) -> None:
-        """Prints a line on the text that is held out."""
+        """Prints the divergence on the held-out text."""
         if self._bar:
             line = (
-                f"tuned on {tokens:,} tokens: KL divergence {divergence:.4f} nats on text held out"
+                f"tuned on {tokens:,} tokens: KL divergence {divergence:.4f} nats on held-out text"
             )
             if not all_zeros_there(self._tuning, tokens):
                 line += ", zeros are still to come"

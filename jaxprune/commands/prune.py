@@ -53,8 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "PruningResult | None":
-    """Prunes, exports and evaluates; everything that can be checked is checked before the work
-    starts.
+    """Prunes, exports and evaluates. All checks of the input come before the work starts.
 
     Args:
         config: the options of the run.
@@ -62,13 +61,13 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
         sparsity: the sparsity that the user typed, if any: see `rules.require_sparsity`.
 
     Returns:
-        The result; None where an earlier process of the run had only to be tidied up after.
+        The result; None if the run was finished and only cleanup was left.
 
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
     begun = time.perf_counter()
-    # Here, for they take a second, which --help and a mistyped flag need not wait for.
+    # Imported here because they take a second: --help and errors in flags should not wait.
     from jaxprune.api.load import load
     from jaxprune.api.prune import RunOptions, prune
     from jaxprune.commands.progress import Progress
@@ -78,10 +77,10 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
     assert config.out
     scratch = config.scratch_folder(config.out)
     if recipe.importance.measured or recipe.tuning.tunes:
-        keep_memory(large=True)  # both make logits
+        keep_memory(large=True)  # both compute logits
     devices = choose_devices(config.device, config.devices, config.meeting(recipe))
     measures = config.plan(config.device)
-    measures.load()  # before a model is fetched
+    measures.load()  # fail before the model is downloaded
     require_suitable(config, recipe, sparsity)
     console.print(f"opening {config.ckpt}")
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
@@ -115,12 +114,12 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
             progress,
         )
     if result is None or result.repeated:
-        console.print(f"{place.path} was finished already")
+        console.print(f"{place.path} is already finished")
     return result
 
 
 def _tuning_of(recipe: Recipe, model: "StreamedModel") -> Tuning:
-    """Returns the tuning of a recipe without what changes nothing on a model."""
+    """Returns the tuning of a recipe, without options that have no effect on the model."""
     from jaxprune.solve.expert_removal import without_experts
     from jaxprune.solve.rules import effective_recipe
 
@@ -131,13 +130,13 @@ def _tuning_of(recipe: Recipe, model: "StreamedModel") -> Tuning:
 def _checked_paths(
     config: Config, recipe: Recipe
 ) -> "tuple[Destination, Destination | None, Mapping[str, Sequence[Path]]]":
-    """Makes sure that there is text, and that the results may be put where they are to be.
+    """Checks that the texts exist and that the results can be written.
 
     Returns:
-        Where the checkpoint and the masks are to be, and option -> the paths that it names.
+        The destinations of the checkpoint and of the masks, and option -> the paths that it names.
 
     Raises:
-        InputError, CheckpointError: no such text, or something is there already.
+        InputError, CheckpointError: a text is missing, or a destination is occupied.
     """
     from convert.paths import paths_of
     from jaxprune.api.prune import places, require_separate
@@ -156,7 +155,7 @@ def _checked_paths(
 
 
 def require_suitable(config: Config, recipe: Recipe, sparsity: float | None) -> "Architecture":
-    """Makes sure that a recipe is one for the checkpoint; config.json is enough to know.
+    """Checks that a recipe suits the checkpoint. This reads only config.json.
 
     Args:
         config: the options of the run; its devices are chosen already.
@@ -167,7 +166,7 @@ def require_suitable(config: Config, recipe: Recipe, sparsity: float | None) -> 
         The checkpoint's architecture.
 
     Raises:
-        InputError: the recipe is none for it, or rules miss the sparsity.
+        InputError: the recipe does not suit it, or its rules miss the sparsity.
         CheckpointError: the checkpoint cannot be read.
     """
     from jaxprune.phases import require_recipe
@@ -184,7 +183,7 @@ def require_suitable(config: Config, recipe: Recipe, sparsity: float | None) -> 
 
 
 def source_paths(sources: str | None) -> list[Path]:
-    """Returns the paths that --calib, --tune-text or --prompts names; none where it is not given.
+    """Returns the paths that --calib, --tune-text or --prompts names; empty if it is not given.
 
     Raises:
         InputError: there is no such source.
@@ -217,7 +216,7 @@ def windows_of(config: Config, model: "StreamedModel") -> "np.ndarray":
 
 
 def stream_of(config: Config, recipe: Recipe, model: "StreamedModel") -> "TextStream | None":
-    """Opens the text that a run tunes on; None where it takes none beside the calibration windows.
+    """Opens the tuning text; None if the run tunes only on the calibration windows, or not at all.
 
     Raises:
         InputError: see `calibration.text_stream.TextStream`.
@@ -233,7 +232,7 @@ def stream_of(config: Config, recipe: Recipe, model: "StreamedModel") -> "TextSt
 
 
 def _tokenizer_for(sources: str, model: "StreamedModel") -> Any:
-    """Returns the model's tokenizer; None where all that is read are token ids."""
+    """Returns the model's tokenizer; None if all sources are token ids."""
     from jaxprune.calibration import sources_of
 
     if all(source.endswith(".npy") for source in sources_of(sources)):

@@ -25,7 +25,7 @@ EXAMPLES = """Examples:
     jaxprune snapshot layer5.safetensors --layer 5 --config pruned/jaxprune.json"""
 OTHERS = {
     "resume": "a snapshot saves no progress that a later command could resume",
-    "save_masks": "a snapshot is taken before any mask of its layer is selected",
+    "save_masks": "a snapshot is saved before the masks of its layer are selected",
     "coordinator": "one process takes a snapshot",
     **dict.fromkeys(
         ("dry_run", "device_memory", "target"), "a snapshot is not planned: use jaxprune plan"

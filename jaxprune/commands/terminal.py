@@ -1,4 +1,4 @@
-"""What all command lines share: output, progress bars, exit status."""
+"""Output, progress bars and exit status, shared by all commands."""
 
 import ctypes
 import os
@@ -30,17 +30,17 @@ from jaxprune.processes.collective import FirstProcessError
 from jaxprune.sharding import Devices
 
 CACHE_BYTES = 2**30
-"""Of compiled programs; the longest unused go first."""
+"""Maximum size of the compilation cache. The least recently used programs are evicted first."""
 REASON_SECONDS = 5
 """How long a process with an unexpected error waits to learn that another process is the reason."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # in glibc's malloc.h
 
 
 class _Console(Console):
-    """rich's, which leaves a closed output to `convert.command`."""
+    """A rich console that lets `convert.command` handle a closed output."""
 
     def on_broken_pipe(self) -> None:
-        raise  # noqa: PLE0704  it is called where the error is handled
+        raise  # noqa: PLE0704  rich calls this while it handles the error
 
 
 console = _Console(highlight=False, soft_wrap=True, markup=False)
@@ -50,8 +50,10 @@ def command(
     run_line: Callable[[Sequence[str]], int | None],
     group_of: Callable[[Sequence[str]], control.Group | None] = lambda argv: None,
 ) -> Callable[..., int]:
-    """Returns the `main` of a command: takes the arguments, by default this process's own, and
-    returns the exit status, see `convert.command`. Several processes of one run end together.
+    """Returns the `main` function of a command; see `convert.command`.
+
+    It takes the arguments (default: those of this process) and returns the exit status. All
+    processes of a run end together.
 
     Args:
         run_line: takes the arguments; returns the exit status, None for 0. It makes this process
@@ -67,7 +69,7 @@ def command(
         except UserError:
             raise
         except Exception as error:
-            # where another process's failure is the reason, it ends this one meanwhile
+            # If another process failed first, it ends this one during the wait.
             if control.is_joined():
                 time.sleep(
                     4 * REASON_SECONDS if isinstance(error, FirstProcessError) else REASON_SECONDS
@@ -77,14 +79,14 @@ def command(
     def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         keep_memory()
-        # the filter adds notes to errors, which users would read
+        # JAX's filter adds notes to errors, and users would see them.
         jax.config.update("jax_traceback_filtering", "off")
         status, text = run(prepared, words)
         if control.is_joined():
-            # 1 without an error is an answer: "does not fit"
+            # Status 1 without an error text is a result, such as "does not fit".
             control.leave(status if text else 0, text)
             if text:
-                _exit(status)  # JAX would wait for the others
+                _exit(status)  # a normal exit would wait for the other processes
         elif text and (group := group_of(words)):
             control.refuse(group, status, text)
         return status
@@ -100,24 +102,23 @@ def end_with(failure: control.Failure) -> NoReturn:
 
 
 def _exit(status: int) -> NoReturn:
-    """Ends this process at once: no other thread of it can be made to end."""
+    """Ends this process at once, because its other threads cannot be stopped."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def keep_memory(*, large: bool = False) -> None:
-    """Has glibc keep freed memory, all of it in one arena, for what is allocated next; does nothing
-    elsewhere.
+    """Makes glibc reuse freed memory, in a single arena. Does nothing with other C libraries.
 
-    On a CPU, XLA's programs take and free megabytes in every call. By default glibc returns much of
-    that to the system, which clears every page again, and keeps the rest in arenas that cannot use
-    each other's. Arenas are made as threads allocate, so this comes before JAX's first computation.
+    On a CPU, XLA's programs allocate and free megabytes in every call. By default glibc returns
+    much of that to the system, which clears every page again. The rest stays in arenas that cannot
+    share memory. Threads create arenas when they allocate, so call this before JAX computes.
 
     Args:
-        large: keep blocks of 32 MB and more too, from now on: for phases that take and free logits
-            over and over. Elsewhere they are returned, for large arrays of many sizes would leave
-            holes between them.
+        large: from now on, also reuse blocks of 32 MB and more, for phases that repeatedly allocate
+            logits. Other phases return them, because large arrays of many sizes would fragment
+            memory.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
@@ -132,11 +133,10 @@ def keep_memory(*, large: bool = False) -> None:
 
 
 def keep_compilations() -> None:
-    """Keeps what XLA compiles in the user's cache folder, so that another run finds it; else says
-    that it does not.
+    """Caches compiled programs for later runs in the user's cache folder. Warns if it cannot.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps
-    nothing.
+    JAX_COMPILATION_CACHE_DIR selects another folder. JAX_ENABLE_COMPILATION_CACHE=false disables
+    the cache.
     """
     if not jax.config.jax_enable_compilation_cache:
         return
@@ -150,9 +150,9 @@ def keep_compilations() -> None:
             return
     if folder is None:
         jax.config.update("jax_compilation_cache_dir", str(kept))
-        # Not of a folder of the user's: a limit needs records that programs without one don't keep.
+        # Only in our folder: a limit needs access records, which programs without one don't write.
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-    # By default only what takes a second to compile is kept.
+    # By default JAX caches only programs that take at least a second to compile.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -167,11 +167,11 @@ def choose_devices(
     Args:
         device: the kind: auto, cpu, gpu or tpu.
         count: the number of devices; None: all there are.
-        meeting: the processes, of which this one is to become one, and what it was asked, see
-            `control.join`; None: it is the only one.
+        meeting: the group of processes to join, and this process's request; see `control.join`.
+            None: this process is the only one.
 
     Raises:
-        InputError: there is none, or there are fewer, or the processes do not come together.
+        InputError: there are no such devices, or too few, or the processes cannot connect.
     """
     if count:
         jax.config.update("jax_num_cpu_devices", count)
@@ -181,26 +181,26 @@ def choose_devices(
     if meeting:
         group, asked = meeting
         control.join(group, asked, end_with)
-        # JAX has put a handler of its own there, which only takes note
+        # Replace JAX's handler, which only records the signal.
         signal.signal(signal.SIGTERM, terminate)
         console.quiet = group.number > 0
     try:
         jax.devices()
-    # Of a plugin that finds no hardware, JAX says so; of one that is not installed, only an
+    # JAX reports a plugin that finds no hardware. For a plugin that is not installed, only an
     # assertion fails.
     except (RuntimeError, AssertionError) as error:
         kind = "device" if device == "auto" else device
         reason = next(
             iter(str(error).splitlines()),
-            "it needs jaxprune[cuda] or jaxprune[tpu], and the hardware",
+            "install jaxprune[cuda] or jaxprune[tpu] on a machine with such a device",
         )
         raise InputError(f"JAX finds no {kind} ({reason})", options={"device": "cpu"}) from error
     return Devices.first(count)
 
 
 def progress_bar() -> Progress:
-    """Returns a progress bar, each of whose tasks has a `unit` that it counts. What is left is by
-    the pace of the last ten minutes: a layer may take some of them."""
+    """Returns a progress bar. Each of its tasks counts a `unit`. The remaining time follows the
+    pace of the last ten minutes, because a single layer can take minutes."""
     unit = TextColumn("{task.fields[unit]}", markup=False)
     # wraps on a narrow terminal
     what = TextColumn("{task.description}", markup=False, table_column=Column())

@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         return 1
     verb = "verified"
     if not (run or claimed or wanted.against or wanted.zeros_of):
-        verb, facts = "read", f"{facts}, without a record of a run or a --pattern to prove"
+        verb, facts = "read", f"{facts}, without a run's record or a --pattern to verify"
     loads = (
         "configuration and tokenizer load"
         if verdict.tokenizer
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _pattern_of(run: Run) -> RecipePattern | None:
-    """Returns the pattern that a run's record claims of all linear layers; None: there is none."""
+    """Returns the pattern that a run's record claims for all linear layers, if any."""
     recipe = run.recipe
     if run.patterns_of_all or recipe.importance.max_deviation or recipe.mask:
         return None
@@ -112,7 +112,7 @@ def _pattern_of(run: Run) -> RecipePattern | None:
 def _facts(
     verdict: Verdict, wanted: Options, run: Run | None, claimed: RecipePattern | None
 ) -> Iterator[str]:
-    """Yields what was found, and what it was compared with."""
+    """Yields the findings, and what they were compared with."""
     zeros, size = (
         sum(getattr(kernel, of) for kernel in verdict.kernels.values()) for of in ("zeros", "size")
     )

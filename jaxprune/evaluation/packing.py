@@ -1,9 +1,8 @@
-"""Many short texts in few windows: requests with one context share it, and windows are filled to
-the brim.
+"""Packs many short texts into few windows. Requests with the same context share it.
 
-A multiple-choice question asks for the probability of each answer after the same context. Scored
-one by one, the context is computed once an answer, and short rows are padded to the longest. Here a
-context is laid down once, its answers after it, and several such groups in one window;
+A multiple-choice question asks for the probability of each answer after the same context. Scoring
+each answer separately computes the context once per answer, and pads short rows to the longest.
+Here a context is followed by all its answers, and several such groups fill one window.
 `models.Layout` tells the attention which tokens see which.
 """
 

@@ -124,7 +124,7 @@ def sparsity_by_layer(checkpoints: Sequence[Checkpoint]) -> Figure:
 
 
 def divergence_by_tokens(checkpoints: Sequence[Checkpoint]) -> Figure:
-    """Returns a plot of the divergence on text held out against the tokens that were tuned on;
+    """Returns a plot of the divergence on held-out text against the number of tuned tokens;
     dotted where zeros are still to come."""
 
     def plot(axis: Axes) -> None:
@@ -145,7 +145,7 @@ def divergence_by_tokens(checkpoints: Sequence[Checkpoint]) -> Figure:
         axis.set_xlabel(f"tokens tuned on{dotted}")
         axis.set_ylabel("nats a token (lower is better)")
 
-    return draw("KL divergence on text held out", 3.0, plot)
+    return draw("KL divergence on held-out text", 3.0, plot)
 
 
 def time_by_phase(checkpoints: Sequence[Checkpoint]) -> Figure:

@@ -91,7 +91,7 @@ class Run(Environment):
         evaluation: what was measured; empty where nothing was.
         seconds: by phase.
         timing: of the first layer with and without compilation, where that was asked for.
-        divergences: tokens that were tuned on, and then the divergence on text held out, of each
+        divergences: number of tuned tokens, and then the divergence on held-out text, of each
             measure.
         kept_experts: layer index -> the experts that stayed, where some were dropped.
         few_tokens: linear layer of an expert -> how many tokens it was given, where these are fewer

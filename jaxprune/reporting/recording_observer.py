@@ -49,7 +49,7 @@ PACKAGES = (
 
 
 class RecordingObserver(Observer):
-    """Is told what happens in a run, and keeps it as the run's record.
+    """Observes a run and collects the run's record.
 
     Args:
         config: what was asked for, with at least `ckpt`, `calib` and `out`.

@@ -26,14 +26,14 @@ class Observer:
         """A layer is pruned, or later quantized; `result` is a `solve.layer_result.LayerResult`."""
 
     def layer_visited(self, index: int) -> None:
-        """One of the layers, steps or batches of what was started last is done."""
+        """One layer, step or batch of the phase that started last is done."""
 
     def phase_timed(self, phase: str, seconds: float) -> None:
         """A phase took so many more seconds; those of a single layer are in its result."""
 
     def tuning_resumed(self, step: int) -> None:
-        """The tuning goes on after a step that an earlier process made; its measures are told
-        again."""
+        """The tuning resumes after a step of an earlier process. The observer receives its
+        measurements again."""
 
     def layer_tuned(self, result: Any) -> None:
         """A layer's kernels are tuned; `result` is its `solve.layer_result.LayerResult` after
@@ -44,12 +44,12 @@ class Observer:
         `api.evaluate.Evaluation`."""
 
     def step_done(self, number: int, steps: int, divergence: float) -> None:
-        """A step of the distillation is over, the one of a number from 1 of so many; the mean KL
-        divergence of its tokens was this before it, in nats."""
+        """A distillation step is done; `number` counts from 1. `divergence` is the mean KL
+        divergence of its tokens before the step, in nats."""
 
     def divergence_measured(self, tokens: int, divergence: float) -> None:
-        """The distillation has taken so many tokens; the mean KL divergence on text held out is
-        this, in nats."""
+        """The mean KL divergence on held-out text was measured, in nats, after so many tuned
+        tokens."""
 
 
 class Observers(Observer):

@@ -78,7 +78,7 @@ def test_several_checkpoints_are_measured_against_the_dense_one(
     assert done.returncode == 0, done.stderr
     assert (
         "this takes about" in done.stdout
-        and "beside compilation and the tasks of lm-eval" in done.stdout
+        and "plus compilation and the tasks of lm-eval" in done.stdout
     )
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
     assert list(record["checkpoints"]) == [str(checkpoint), str(pruned), str(tmp_path / "orbax")]

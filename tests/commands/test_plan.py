@@ -48,7 +48,7 @@ def test_a_plan_says_where_bfloat16_is_faster(
     dtype = ["--dtype", *flags] if flags else []
     options = [*"--nsamples 4 --seqlen 32 --eval none --method magnitude".split(), *dtype]
     assert commands.main(["plan", "--ckpt", str(checkpoint), *options]) == 0
-    assert ("2.0 times as fast: --dtype bfloat16" in capsys.readouterr().out) == said
+    assert ("2.0 times as fast: try --dtype bfloat16" in capsys.readouterr().out) == said
 
 
 def test_every_text_is_counted_and_what_is_not_is_named(

@@ -393,7 +393,7 @@ def test_a_run_keeps_and_records_the_masks_of_its_end(
     line += ["--pattern", "per-output", "--sparsity", 0.75]
     assert prune([str(word) for word in (*line, "--save-masks", file, "--out", out)]) == 0
     measured = re.findall(
-        r"tuned on (\d+) tokens: KL divergence \S+ nats on text held out(,?)",
+        r"tuned on (\d+) tokens: KL divergence \S+ nats on held-out text(,?)",
         " ".join(capsys.readouterr().out.split()),
     )
     assert measured[0][0] == "0" and measured[-1][0] == str(12 * 32)

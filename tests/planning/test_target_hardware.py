@@ -50,7 +50,7 @@ def test_without_a_compiler_a_plan_counts(
     assert main(line(checkpoint, "h100,v5e")) == 1
     out = capsys.readouterr().out
     assert (
-        "may not fit, the compiler would tell: v5e: gram needs" in out and "does not fit" not in out
+        "may not fit (its compiler can tell): v5e: gram needs" in out and "does not fit" not in out
     )
     assert "lower --seqlen" not in out and "perhaps" in out
     assert main([*line(checkpoint, "v5e"), "--devices", "8"]) == 2

@@ -252,7 +252,7 @@ def test_what_was_measured_is_in_the_page() -> None:
 
 
 def test_what_a_tuning_did_is_a_curve() -> None:
-    title = "KL divergence on text held out"
+    title = "KL divergence on held-out text"
     text = {
         "sha256": "0" * 64,
         "length": 32,
