@@ -15,12 +15,12 @@ from convert.files import expand
 from convert.ownership import (
     has_checksum,
     marker_of,
-    prove,
     remove_empty,
     remove_folder,
     remove_own,
     remove_unchanged,
     replace,
+    verify,
 )
 from convert.writing import failing, sync
 
@@ -114,7 +114,7 @@ class Destination:
                 raise self.occupied(f"it is or holds {what}, so it is not replaced")
         try:
             if self.folder:
-                prove(self.path)
+                verify(self.path)
             elif not has_checksum(self.path):
                 raise OccupiedError(
                     "jaxprune did not write it, or it has changed since, so it is not replaced: "

@@ -122,7 +122,7 @@ def naming_in(config: Mapping[str, Any], paths: Iterable[str]) -> Naming:
 
 
 def split_expert(path: str) -> tuple[str, int, str] | None:
-    """Returns what stands before and after an expert's number, and the number between; None: it is
+    """Returns what is before and after an expert's number, and the number between; None: it is
     no expert's."""
     match = re.fullmatch(r"(.*\.experts)\.([0-9]+)\.(.+)", path)
     return (match[1], int(match[2]), match[3]) if match else None

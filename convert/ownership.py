@@ -146,7 +146,7 @@ def kind_of(folder: Path) -> str | None:
         return None
 
 
-def prove(folder: Path) -> Marker:
+def verify(folder: Path) -> Marker:
     """Verifies that a folder contains only what jaxprune wrote, and returns its marker.
 
     Raises:
@@ -220,9 +220,9 @@ def remove_folder(folder: Path) -> None:
     folder can still be verified if the removal is interrupted.
 
     Raises:
-        OccupiedError: see `prove`.
+        OccupiedError: see `verify`.
     """
-    files = prove(folder).files
+    files = verify(folder).files
     for name, file in files.items():
         with contextlib.suppress(OSError):  # the file then stays, and so does its folder
             if unchanged(folder / name, file):

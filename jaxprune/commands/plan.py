@@ -99,7 +99,7 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
         ("device-memory", config.device_memory is not None),
     ):
         if given:
-            raise InputError(f"--target already selects the hardware: remove --{name}")
+            raise InputError(f"--target already selects the hardware: leave --{name} out")
     require_suitable(config, recipe, sparsity)
     names = [name.strip() for name in (config.target or "").split(",")]
     targets, count = {name: target_of(name) for name in names}, config.devices or 1

@@ -102,7 +102,7 @@ def remove_finished(out: Path, identity: Mapping[str, Any], masks_at: Path | Non
     Returns:
         Whether result and masks are this run's; if not, the store stays.
     """
-    run, _, masks = ownership.prove(out).kind.rpartition(" ")
+    run, _, masks = ownership.verify(out).kind.rpartition(" ")
     made = run.startswith(f"run {digest_of(identity)} ")
     if not made or (masks_at and not has_digest(masks_at, masks)):
         return False

@@ -54,7 +54,7 @@ def left_to_publish(store: RunStore, out: Path, masks_at: Path | None) -> tuple[
         kind = ownership.kind_of(out) or ""
         published = kind.startswith(store.kind)
         if not published:
-            kind = ownership.prove(store.result).kind
+            kind = ownership.verify(store.result).kind
         run, _, masks = kind.rpartition(" ")
         there = masks_at is None or has_digest(masks_at, masks)
         whole = run == store.kind and (there or has_digest(store.masks, masks))
