@@ -39,7 +39,7 @@ def test_all_comes_once_an_epoch_but_what_is_held_out(
     )
     assert len(held) == 4 and sorted({*first} | held) == sorted({*second} | held) == [*range(20)]
     assert first != second and not held & {*first, *second}
-    assert "taken again" in caplog.text
+    assert "the tuning repeats it" in caplog.text
 
 
 def test_the_seed_fixes_the_order_and_it_goes_on_anywhere(rows: Path) -> None:
@@ -166,4 +166,4 @@ def test_too_little_text_is_said(rows: Path, held_out: int) -> None:
 
 def test_what_is_made_ahead_is_not_said(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(list(islice(stream(rows).windows(), 16))) == 16
-    assert "taken again" not in caplog.text
+    assert "the tuning repeats it" not in caplog.text
