@@ -47,9 +47,10 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
     """All cells of an experiment, the dense checkpoint first where perplexity is measured."""
     if experiment.measure in ("perplexity", "quality", "accuracy"):
         yield Cell("dense", "", None, None)
-    for seed in range(max([1, *experiment.seeds.values()])):
+    most = max([1, *(count for row in experiment.seeds.values() for count in row.values())])
+    for seed in range(most):
         for cell in _of_one_seed(experiment, layers, small=small):
-            if seed < experiment.seeds.get(cell.row, 1):
+            if seed < experiment.seeds.get(cell.row, {cell.pattern: 1}).get(cell.pattern, 0):
                 yield dataclasses.replace(cell, seed=seed)
 
 
@@ -68,8 +69,6 @@ def _of_one_seed(experiment: Experiment, layers: int, *, small: bool) -> Iterato
         for row, flags in experiment.rows.items():
             if ":" in pattern and ("--uniform" in flags or "--max-deviation" in flags):
                 continue  # N:M is uniform anyway
-            if pattern not in experiment.some_patterns.get(row, (pattern,)):
-                continue
             steps = experiment.small_steps.get(row, experiment.steps) if small else experiment.steps
             for step in steps if "{k}" in flags else (None,):
                 settings = N_M_SETTINGS if ":" in pattern else UNSTRUCTURED_SETTINGS

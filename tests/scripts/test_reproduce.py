@@ -342,8 +342,7 @@ def test_seeds_are_averaged_on_every_text(
         reproduce.EXPERIMENTS["comparison"],
         rows={"magnitude": "--method magnitude", "Wanda": "--method wanda"},
         patterns=("0.5", "0.6"),
-        seeds={"Wanda": 2},
-        some_patterns={"Wanda": ("0.6",)},
+        seeds={"Wanda": {"0.6": 2}},
     )
     monkeypatch.setitem(reproduce.EXPERIMENTS, "comparison", short)
     run(reproduce, monkeypatch, "comparison", *flags, "--hold-out", "3")
