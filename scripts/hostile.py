@@ -121,7 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for names, count, limits in ((opening, args.cases, OPENING), (whole, args.runs, WHOLE)):
                 if names and count:
                     results = room.attempt_all(base, names, count, args.seed, limits, args.workers)
-                    for result in progress(results, count):
+                    alone = functools.partial(
+                        watchdog.watch,
+                        make=functools.partial(room.enter, base),
+                        limits=limits,
+                        workers=1,
+                    )
+                    for result in watchdog.confirmed(progress(results, count), alone):
                         tallies[mutations.parse(result.case).target].add(result)
         table = summary(tallies, time.monotonic() - start)
     print(table)

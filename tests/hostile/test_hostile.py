@@ -21,7 +21,7 @@ from tests.helpers.checkpoints import write_gguf
 from tests.hostile import answers, json_edits, mutations, room, targets, watchdog
 from tests.hostile.mutations import Case, Edit
 from tests.hostile.targets import Target
-from tests.hostile.watchdog import Limits, Outcome
+from tests.hostile.watchdog import Limits, Outcome, Result
 
 OPENING, WHOLE = 70, 10
 """Cases in CI; scripts/hostile.py has as many as one wants."""
@@ -135,6 +135,31 @@ def mistaken() -> dict[str, Target]:
 def enter(base: Path, folder: Path) -> Callable[[str], Outcome]:
     room.TARGETS = mistaken()  # type: ignore[assignment]
     return room.enter(base, folder)
+
+
+def test_only_a_case_that_exceeds_a_limit_is_tried_again() -> None:
+    outcomes = {
+        "fine": Outcome("succeeded"),
+        "hangs": Outcome("failed", "hang: more than 10 s"),
+        "grows": Outcome("failed", "memory: 2.1 GB"),
+        "writes": Outcome("failed", "bystander: precious changed"),
+    }
+    again: list[str] = []
+
+    def alone(cases: list[str]) -> Iterator[Result]:
+        again.extend(cases)
+        yield Result("hangs", Outcome("succeeded"), 1, 0)
+        yield Result("grows", Outcome("failed", "memory: 2.2 GB"), 1, 0)
+
+    results = [Result(case, outcome, 1, 0) for case, outcome in outcomes.items()]
+    found = {one.case: one.outcome.status for one in watchdog.confirmed(results, alone)}
+    assert again == ["hangs", "grows"]
+    assert found == {
+        "fine": "succeeded",
+        "writes": "failed",
+        "hangs": "succeeded",
+        "grows": "failed",
+    }
 
 
 def test_a_room_notices_every_mistake_and_is_put_back_in_order(tmp_path: Path) -> None:

@@ -210,6 +210,27 @@ def watch(
                 worker.end()
 
 
+def confirmed(
+    results: Iterable[Result], alone: Callable[[list[str]], Iterable[Result]]
+) -> Iterator[Result]:
+    """The same results, but cases that exceeded a limit of time or memory are tried again at the
+    end, for other work on the machine can be the reason.
+
+    Args:
+        results: of all cases.
+        alone: tries cases again, with nothing beside them.
+    """
+    again = []
+    for result in results:
+        if result.outcome.detail.startswith(("hang:", "memory:")):
+            again.append(result.case)
+        else:
+            yield result
+    for result in alone(again):
+        print(f"tried again: {result.case[:300]}: {result.outcome.status}", flush=True)
+        yield result
+
+
 def _look(
     worker: _Worker, limits: Limits, waiting: deque[str], alone: Callable[[str], bool]
 ) -> tuple[Result | None, bool]:
