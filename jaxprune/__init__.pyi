@@ -29,13 +29,13 @@ from .phases import prune_model as prune_model
 from .recipe import PRESETS as PRESETS
 from .recipe import Recipe as Recipe
 from .recipe_parts import (
-    Experts as Experts,
-)
-from .recipe_parts import (
     Importance as Importance,
 )
 from .recipe_parts import (
     Rule as Rule,
+)
+from .recipe_parts import (
+    Structure as Structure,
 )
 from .recipe_parts import (
     Tuning as Tuning,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +23,10 @@ from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import effective_tuning, gradual_sparsity
 from jaxprune.run_store.context import NO_STORE, Context
 from jaxprune.run_store.store import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING
-from jaxprune.solve import expert_removal, layer_costs, sensitivity
+from jaxprune.solve import layer_costs, sensitivity
 from jaxprune.solve.allocation import allocate, zeros_to_allocate
 from jaxprune.solve.calibration_states import CalibrationStates
-from jaxprune.solve.layer import Solver
+from jaxprune.solve.layer import Solver, unsolved_layer
 from jaxprune.solve.layer_result import LayerResult, SavedLayers, saved_layers
 from jaxprune.solve.quantized_layers import quantize_layers
 from jaxprune.solve.rules import (
@@ -39,6 +40,8 @@ from jaxprune.solve.rules import (
 from jaxprune.solve.sensitivity import Weights, measure_sensitivity, weights
 from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.sweep import sweep
+from jaxprune.structure import experts, removal_costs
 
 Targets = tuple[Pattern | TargetOf, Mapping[tuple[int, str], Pattern | None]]
 """The target of linear layers that no rule names, and the patterns of those that rules name."""
@@ -56,7 +59,7 @@ def prune_model(
     """Yields the final layers in order; writes no checkpoint.
 
     Args:
-        model: the dense model, after any removal of experts.
+        model: the dense model, after any removal of its parts.
         tokens: calibration windows, [windows, length] token ids.
         recipe: how to prune.
         stream: the text to tune on, if the recipe tunes on a stream.
@@ -113,7 +116,7 @@ def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
             "asymmetry is not implemented for models with experts",
             options={"asymmetry": Change.OMIT},
         )
-    if recipe.experts.route_all and not architecture.config.routing:
+    if recipe.route_all and not architecture.config.routing:
         raise InputError(
             "the model has no experts to route tokens to", options={"route_all": Change.OMIT}
         )
@@ -125,7 +128,7 @@ def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
             "blocks",
             options={"quantize": Change.OMIT},
         )
-    if recipe.experts.drop_experts and callable(target):
+    if recipe.structure.drop_experts and callable(target):
         _require_masks_of_kept(architecture, target)
     return target, named
 
@@ -192,11 +195,19 @@ class Phases:
 
     @property
     def _routed(self) -> StreamedModel:
-        return self.model.routing_all() if self.recipe.experts.route_all else self.model
+        return self.model.routing_all() if self.recipe.route_all else self.model
 
     def pruned(self, _: Iterator[LayerResult]) -> Iterator[LayerResult]:
         """Yields pruned layers; there are none before."""
         for layer in sweep_layers(*self.solving(saved_layers(self.context.store, PRUNED))):
+            self.context.observer.layer_done(layer)
+            yield layer
+
+    def without_zeros(self, _: Iterator[LayerResult]) -> Iterator[LayerResult]:
+        """Yields layers as they are; there are none before."""
+        model, saved = self.model, saved_layers(self.context.store, PRUNED)
+        visit = partial(unsolved_layer, model, with_rules(*self.targets))
+        for layer in sweep(range(model.num_layers), model.layers, visit, saved=saved):
             self.context.observer.layer_done(layer)
             yield layer
 
@@ -302,9 +313,14 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase(lambda recipe: recipe.experts.drop_experts > 0, expert_removal.costs),
+    Phase(lambda recipe: recipe.structure.drop_experts > 0, experts.costs),
+    Phase(lambda recipe: recipe.structure.drop_heads > 0, partial(removal_costs.costs, "heads")),
+    Phase(
+        lambda recipe: recipe.structure.drop_channels > 0, partial(removal_costs.costs, "channels")
+    ),
     Phase(lambda recipe: recipe.importance.measured, sensitivity.costs),
-    Phase(lambda recipe: True, layer_costs.pruning, Phases.pruned),
+    Phase(lambda recipe: recipe.prunes, layer_costs.pruning, Phases.pruned),
+    Phase(lambda recipe: not recipe.prunes, layer_costs.without_zeros, Phases.without_zeros),
     Phase(lambda recipe: recipe.tuning.tunes, tuning_costs.costs, Phases.tuned),
     Phase(lambda recipe: recipe.quantize is not None, layer_costs.quantization, Phases.quantized),
     Phase(lambda recipe: True, perplexity.costs),

@@ -16,9 +16,9 @@ from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.method_json import StoredMethod, text_of
 from jaxprune.methods.quantization import BITS
 from jaxprune.recipe_parts import (
-    Experts,
     Importance,
     Rule,
+    Structure,
     Tuning,
     gradual_sparsity,
     without_effect,
@@ -53,7 +53,9 @@ class Recipe:
             preserves a layer's own output on its pruned inputs, 1 targets the dense model's output.
         rules: exceptions for linear layers: another pattern, or none. The last rule that matches a
             layer applies. If rules match every linear layer, `pattern` has no effect.
-        experts: how experts are removed and calibrated.
+        structure: the parts of the model that are removed before pruning.
+        route_all: whether, during calibration, every token is sent to every expert, weighted by its
+            routing probability; otherwise an expert sees only the tokens routed to it.
         quantize: the GGUF type, from `methods.quantization.BITS`, to whose grid all linear layers
             are quantized at the end; None: no quantization.
 
@@ -68,7 +70,8 @@ class Recipe:
     preset: str | None = None
     asymmetry: float = 0.0
     rules: tuple[Rule, ...] = ()
-    experts: Experts = Experts()
+    structure: Structure = Structure()
+    route_all: bool = False
     quantize: str | None = None
     __pydantic_config__ = OWN
 
@@ -85,6 +88,12 @@ class Recipe:
         for field, reason in without_effect(self.pattern).items():
             if values[field]:
                 raise InputError(f"{field} has no effect: {reason}", options={field: Change.OMIT})
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any linear layer gets zeros: a pattern with sparsity 0 and rules may say none."""
+        every = self.patterns_of_all or {self.pattern, *(rule.pattern for rule in self.rules)}
+        return any(isinstance(one, Given) or (one and one.sparsity > 0) for one in every)
 
     @property
     def mask(self) -> str | None:
@@ -182,12 +191,14 @@ class Recipe:
         method = self.method.method if isinstance(self.method, Finished) else self.method
         crossed = [method.selector, method.updater] if isinstance(method, Crossed) else [method]
         how = "-".join(map(methods.name_of, crossed))
-        dropped = ""
-        if self.experts.drop_experts:
-            dropped = f"-without-{percent(self.experts.drop_experts)}"
+        shares = self.structure.shares.items()
+        dropped = "".join(f"-without-{percent(share)}-{kind}" for kind, share in shares)
         patterns = self.patterns_of_all
+        if not self.prunes and dropped:
+            tuned = self.preset if self.tuning.tunes and any(patterns or [True]) else None
+            return f"{tuned or 'dense'}{dropped}"
         if patterns and not any(patterns):
-            return f"experts{dropped}" if dropped else "dense"
+            return "dense"
         how += dropped
         if isinstance(self.pattern, Given):
             return f"{how}-given-mask"
@@ -268,11 +279,16 @@ def pattern_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
 def method_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
     """Returns a description of the method and of all other steps. Arguments as for `effective`."""
     recipe = effective(recipe, patterns)
-    importance, tuning, experts = recipe.importance, recipe.tuning, recipe.experts
+    importance, tuning = recipe.importance, recipe.tuning
     gradual = gradual_sparsity(tuning, recipe.pattern)
+    removed = {
+        f"{percent(share)} % of {kind} dropped": True
+        for kind, share in recipe.structure.shares.items()
+    }
     method = "linear layers left dense" if {*patterns} == {None} else text_of(recipe.method)
     done = {
-        method: True,
+        **({} if recipe.prunes else removed),
+        method: recipe.prunes or not removed,
         "tokens weighed": importance.token_power,
         "outputs weighed": importance.weigh_outputs,
         f"sparsities within {importance.max_deviation:g}": importance.max_deviation,
@@ -281,8 +297,8 @@ def method_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
         f"tuned on {tuning.tune_tokens:,} tokens": tuning.tune_tokens,
         f"the last {100 * gradual:g} % of the weights pruned gradually": gradual,
         f"windows in {tuning.tune_chunks} chunks": tuning.tunes and tuning.tune_chunks > 1,
-        f"{percent(experts.drop_experts)} % of experts dropped": experts.drop_experts,
-        "all tokens to all experts": experts.route_all,
+        **(removed if recipe.prunes else {}),
+        "all tokens to all experts": recipe.route_all,
         f"quantized to {(recipe.quantize or '').upper()}": recipe.quantize,
     }
     text = ", ".join(words for words, applies in done.items() if applies)

@@ -1,4 +1,4 @@
-"""The parts of a recipe, as plain data: importance, tuning, experts, and rules by layer name."""
+"""The parts of a recipe, as plain data: importance, tuning, structure, and rules by layer name."""
 
 import dataclasses
 import fnmatch
@@ -170,23 +170,49 @@ HOW_TUNED = tuple(name for name in vars(Tuning()) if name not in ("tune_epochs",
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts:
-    """Removal and calibration of experts; their linear layers are pruned like all others."""
+class Structure:
+    """Whole parts of the model that are removed before pruning. What remains is an ordinary smaller
+    checkpoint of the same family."""
 
     __pydantic_config__ = OWN
     drop_experts: float = 0.0
-    """Before pruning, remove this fraction of the experts of every layer, those of least saliency
-    (REAP). The saliency of an expert is the mean over its tokens of its routing weight times the
-    norm of its output."""
-    route_all: bool = False
-    """During calibration, send every token to every expert, weighted by its routing probability.
-    Otherwise an expert sees only the tokens routed to it."""
+    """Remove this fraction of the experts of every layer, those of least saliency (REAP). The
+    saliency of an expert is the mean over its tokens of its routing weight times the norm of its
+    output."""
+    drop_heads: float = 0.0
+    """Remove this fraction of the attention heads of every layer: key-value heads with all their
+    query heads. The number is rounded to the nearest integer; at least one stays and one goes."""
+    drop_channels: float = 0.0
+    """Remove this fraction of the channels of every feed-forward network. The number that stays is
+    rounded to a multiple of --channel-multiple."""
+    channel_multiple: int = 64
+    """The number of channels that stay is a multiple of this. GGUF's q4_0 and q8_0 need 32, its
+    q4_k 256."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop_experts < 1:
-            raise InputError(
-                f"drop_experts must be at least 0 and below 1, not {self.drop_experts}"
-            )
+        for kind, share in self._shares.items():
+            if not 0 <= share < 1:
+                raise InputError(f"drop_{kind} must be at least 0 and below 1, not {share}")
+        if self.channel_multiple < 1:
+            raise InputError(f"channel_multiple must be at least 1, not {self.channel_multiple}")
+
+    @property
+    def _shares(self) -> dict[str, float]:
+        return {
+            "experts": self.drop_experts,
+            "heads": self.drop_heads,
+            "channels": self.drop_channels,
+        }
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Kind of parts -> the fraction of them that is removed; kinds of which none are, are
+        missing. Parts are removed in this order."""
+        return {kind: share for kind, share in self._shares.items() if share}
+
+
+NOTHING = Structure()
+"""Removes nothing."""
 
 
 def _defaults(part: type[Importance | Tuning], names: Collection[str]) -> dict[str, Any]:
@@ -206,6 +232,10 @@ def without_effect(pattern: RecipePattern) -> dict[str, str]:
             "max_deviation": f"pattern {pattern} is the same for every linear layer",
             "tune_gradual": f"pattern {pattern} cannot be pruned gradually during tuning",
         }
+    if not pattern.sparsity:
+        return dict.fromkeys(
+            ("max_deviation", "weigh_outputs", "tune_gradual"), "there are no zeros to choose"
+        )
     if pattern.per_output:
         return dict.fromkeys(
             ("max_deviation", "weigh_outputs"),

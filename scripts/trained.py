@@ -28,7 +28,7 @@ from jaxprune.methods.admm import ADMM
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
 from jaxprune.recipe import Recipe
-from jaxprune.recipe_parts import Experts, Rule
+from jaxprune.recipe_parts import Rule, Structure
 from jaxprune.sparsity.patterns import Unstructured
 
 LENGTH, VOCABULARY = 256, 2048
@@ -122,10 +122,12 @@ def measured(
         for name, method in METHODS.items()
     }
     if load(folder).architecture.config.routing:
-        all_dense = Recipe(METHODS["wanda"], rules=(Rule("*"),), experts=Experts(drop_experts=0.25))
+        all_dense = Recipe(
+            METHODS["wanda"], rules=(Rule("*"),), structure=Structure(drop_experts=0.25)
+        )
         recipes["a quarter of the experts dropped"] = all_dense
         for sparsity in SPARSITIES:
-            every = Recipe(METHODS["admm"], Unstructured(sparsity), experts=Experts(route_all=True))
+            every = Recipe(METHODS["admm"], Unstructured(sparsity), route_all=True)
             recipes[f"admm, {sparsity:.0%}, all tokens to all experts"] = every
     for name, recipe in recipes.items():
         pruned = out / name.replace(" ", "-").replace(",", "").replace("%", "")

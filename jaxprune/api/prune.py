@@ -50,12 +50,13 @@ from jaxprune.reporting.model_card import model_card
 from jaxprune.reporting.recording_observer import RecordingObserver, write_record
 from jaxprune.run_store import identity, opening, publishing
 from jaxprune.run_store.context import Context
-from jaxprune.solve.expert_removal import kept_experts, without_experts
 from jaxprune.solve.layer_result import LayerResult, LayerSummary
 from jaxprune.solve.rules import by_rules, effective_recipe
 from jaxprune.sparsity.masks import MaskWriter, digest_of, source_of
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer, Observers
+from jaxprune.structure.removal import remove
+from jaxprune.structure.sizes import removals, smaller_architecture
 
 GGUF_TYPES = ("f16", "q8_0", "q5_0", "q4_0")
 """Types of GGUF files that preserve zeros. The record has their sizes."""
@@ -239,12 +240,13 @@ class _Run:
         architecture = model.architecture
         if architecture.config.routing:
             architecture = architecture.routed(mesh=None)
-        left = without_experts(architecture, self.recipe.experts.drop_experts)
+        removed = removals(architecture, model.reader.assets, self.recipe.structure)
+        left = removed[-1].after if removed else architecture
         return RunSizes(
             spec=model.reader.spec,
             saved=self.saved.reader.spec,
             architecture=architecture,
-            left=left,
+            removals=removed,
             recipe=effective_recipe(left, self.recipe),
             windows=len(self.windows),
             length=self.windows.shape[1],
@@ -261,11 +263,9 @@ class _Run:
     def prune(self, context: Context) -> tuple[set[str], int]:
         """Writes the pruned checkpoint into the store; returns as `_write_checkpoint`."""
         record, saved = self.recorder.record, self.saved
-        if share := self.recipe.experts.drop_experts:
-            with context.timed("experts"):
-                kept = kept_experts(self.model, self.windows, share, context.store)
-                record.kept_experts = {str(index): experts for index, experts in kept.items()}
-                saved = saved.keeping(kept)
+        saved, experts, units = remove(saved, self.windows, self.recipe.structure, context)
+        record.kept_experts = {str(index): kept for index, kept in experts.items()}
+        record.removed_units = units
         if self.options.timing:
             with context.timed("timing"):
                 record.timing = jit_versus_eager(saved, self.windows, self.recipe)
@@ -317,7 +317,8 @@ def _checked(
     config = asked | {"seed": options.seed} | dict(options.config or {})
     model.require_tokens(windows)
     dtype = saving_dtype(reader, options.save_dtype)
-    require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)
+    left = smaller_architecture(model.architecture, reader.assets, recipe.structure)
+    require_recipe(left, recipe)
     recorder = RecordingObserver(config, recipe, windows, options.stream, dtype and dtype.name)
     given = {"masks": {"sha256": digest_of(recipe.mask)}} if recipe.mask else {}
     stored = {} if dtype is None else {"save_dtype": dtype.name}

@@ -54,7 +54,6 @@ from jaxprune.recipe import Recipe
 from jaxprune.run_store.context import NO_STORE
 from jaxprune.sharding import fetch
 from jaxprune.solve.calibration_states import CalibrationStates
-from jaxprune.solve.expert_removal import kept_experts, without_experts
 from jaxprune.solve.kernel import KernelResult, Linear
 from jaxprune.solve.layer import Inputs, Solver, layer_inputs, solve_kernels, solve_layer
 from jaxprune.solve.rules import require_fit, with_rules
@@ -62,6 +61,8 @@ from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import OwnPattern, Partly, Pattern, Projections
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.sweep import sweep
+from jaxprune.structure.removal import remove
+from jaxprune.structure.sizes import smaller_architecture
 
 FORMAT = "jaxprune layer 2"
 
@@ -163,10 +164,9 @@ def capture(
     """
     require_layer(model.architecture, layer)
     model.require_tokens(tokens)
-    dropped = recipe.experts.drop_experts
-    targets = require_recipe(without_experts(model.architecture, dropped), recipe)
-    if dropped:
-        model = model.keeping(kept_experts(model, tokens, dropped))
+    left = smaller_architecture(model.architecture, model.reader.assets, recipe.structure)
+    targets = require_recipe(left, recipe)
+    model, *_ = remove(model, tokens, recipe.structure)
     if not Solver(recipe.method, with_rules(*targets)).captures(
         layer, model.architecture.layers[layer]
     ):

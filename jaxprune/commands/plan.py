@@ -26,7 +26,6 @@ from jaxprune.planning.target_hardware import Target, target_of, without_cache
 from jaxprune.planning.this_machine import describe_hardware, matrix_rate
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import Devices
-from jaxprune.solve.expert_removal import without_experts
 from jaxprune.solve.rules import effective_recipe
 
 EXAMPLES = """Examples:
@@ -158,11 +157,11 @@ def sizes_of(
             model takes.
     """
     assert config.out
-    spec, saved, architecture = estimate.shapes_of(
-        config.ckpt, config.computation_dtype, config.save_dtype
+    spec, saved, architecture, removed = estimate.shapes_of(
+        config.ckpt, config.computation_dtype, config.save_dtype, recipe.structure
     )
     architecture.require_length(config.seqlen)
-    left = without_experts(architecture, recipe.experts.drop_experts)
+    left = removed[-1].after if removed else architecture
     require_recipe(left, recipe)
     length = config.eval_seqlen or config.seqlen
     text = config.eval_windows or max(1, EVALUATION_TOKENS // length), length
@@ -170,7 +169,7 @@ def sizes_of(
         spec=spec,
         saved=saved,
         architecture=architecture,
-        left=left,
+        removals=removed,
         recipe=effective_recipe(left, recipe),
         windows=config.nsamples,
         length=config.seqlen,

@@ -26,7 +26,7 @@ from jaxprune.streaming.observer import Observer
 MOST_COLUMNS = 6
 """Of a table of checkpoints, so that a terminal has room for it."""
 SHORTER = {
-    "experts": "a smaller --nsamples or --seqlen",
+    **dict.fromkeys(("experts", "heads", "channels"), "a smaller --nsamples or --seqlen"),
     "sensitivity": "a smaller --sensitivity-windows",
     "gram": "a smaller --nsamples or --seqlen",
     "solve": "a quicker --method (wanda, or magnitude)",
@@ -78,7 +78,7 @@ class Progress(Observer):
     def started(self, what: str, count: int, unit: str = "layers") -> None:
         """Begins a new progress bar."""
         self._stop()
-        if what != "pruning":
+        if not what.startswith(("pruning", "removing")):
             keep_memory(large=True)  # the phases from here on compute logits
         self._count = count
         self._bar = progress_bar()

@@ -120,10 +120,10 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
 
 def _tuning_of(recipe: Recipe, model: "StreamedModel") -> Tuning:
     """Returns the tuning of a recipe, without options that have no effect on the model."""
-    from jaxprune.solve.expert_removal import without_experts
     from jaxprune.solve.rules import effective_recipe
+    from jaxprune.structure.sizes import smaller_architecture
 
-    pruned = without_experts(model.architecture, recipe.experts.drop_experts)
+    pruned = smaller_architecture(model.architecture, model.reader.assets, recipe.structure)
     return effective_tuning(effective_recipe(pruned, recipe).tuning, recipe.pattern)
 
 
@@ -171,11 +171,12 @@ def require_suitable(config: Config, recipe: Recipe, sparsity: float | None) -> 
     """
     from jaxprune.phases import require_recipe
     from jaxprune.planning.estimate import shapes_of
-    from jaxprune.solve.expert_removal import without_experts
     from jaxprune.solve.rules import require_sparsity
 
-    *_, architecture = shapes_of(config.ckpt, config.computation_dtype)
-    left = without_experts(architecture, recipe.experts.drop_experts)
+    *_, architecture, removed = shapes_of(
+        config.ckpt, config.computation_dtype, structure=recipe.structure
+    )
+    left = removed[-1].after if removed else architecture
     require_recipe(left, recipe)
     if sparsity is not None and recipe.rules:
         require_sparsity(left, recipe, sparsity)

@@ -12,11 +12,25 @@ from jaxprune.methods import Method, NotInstalled
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
 from jaxprune.recipe import PRESETS, Recipe
-from jaxprune.recipe_parts import HOW_TUNED, Experts, Importance, Rule, Tuning, without_effect
+from jaxprune.recipe_parts import (
+    HOW_TUNED,
+    Importance,
+    Rule,
+    Structure,
+    Tuning,
+    without_effect,
+)
 from jaxprune.sparsity import masks
-from jaxprune.sparsity.patterns import NM, Given, RecipePattern, Unstructured, parse_pattern
+from jaxprune.sparsity.patterns import (
+    NM,
+    NO_ZEROS,
+    Given,
+    RecipePattern,
+    Unstructured,
+    parse_pattern,
+)
 
-Part = TypeVar("Part", Experts, Importance)
+Part = TypeVar("Part", Structure, Importance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +45,8 @@ class Flags:
     update: str | None = None
     """Update the weights under the mask with this method instead; exact computes the optimum."""
     sparsity: float | None = None
-    """Fraction of weights to set to zero in every linear layer (default: 0.5; N:M patterns have
-    their own)."""
+    """Fraction of weights to set to zero in every linear layer (default: 0.5, but 0 with options
+    that remove parts of the model; N:M patterns have their own)."""
     pattern: str | None = None
     """unstructured compares the weights of a whole matrix, per-output those of each output. N:M,
     such as 2:4, keeps N of every M consecutive inputs. Default: as the mask's method was published.
@@ -61,6 +75,9 @@ class WholeModel:
     --skip leaves dense. The remaining weights compensate each rounding error. `jaxprune convert OUT
     OUT.gguf --type q4_0` then stores them exactly. There is no q8_0, because rounding to 8 bits
     costs nothing."""
+    route_all: bool = False
+    """During calibration, send every token to every expert, weighted by its routing probability.
+    Otherwise an expert sees only the tokens routed to it."""
     skip: tuple[str, ...] = ()
     """Leave linear layers dense, by name, such as 'layers.0.*' or '*.down_proj'. You can repeat
     this option."""
@@ -157,7 +174,7 @@ class RecipeOptions:
             yield Section("The whole model", WholeModel, help=presets)
             yield Section("Importance, by the gradients of the loss", Importance, defaults=base)
             yield Section("Tuning, towards the dense model's predictions", Tuning, defaults=base)
-            yield Section("Experts", Experts)
+            yield Section("Structure: parts that are removed before pruning", Structure)
         for role in self._plain():
             part, flags = self.parts[role], self.flags_of(role)
             about = " ".join((inspect.getdoc(part) or "").partition("\n\n")[0].split())
@@ -187,7 +204,15 @@ class RecipeOptions:
         if self._preset and self._preset not in PRESETS:
             raise InputError(f"--preset takes {', '.join(PRESETS)}, not {self._preset!r}")
         base, method = self._record or self._base, self._method(given)
+        structure = _replaced(base.structure, given)
+        removes = any(given.get(f"drop_{kind}") for kind in structure.shares)
         pattern = self._pattern(given, method)
+        if (
+            removes
+            and not self._record
+            and not {"sparsity", "pattern", "mask", "rule"} & given.keys()
+        ):
+            pattern = NO_ZEROS
         useless = without_effect(pattern)
         if given.get("uniform"):
             useless["max_deviation"] = "--uniform wants one sparsity for every linear layer"
@@ -204,7 +229,8 @@ class RecipeOptions:
             self._base.preset,
             given.get("asymmetry", self._base.asymmetry),
             _amended_rules(base.rules, given, pattern),
-            _replaced(base.experts, given),
+            structure,
+            given.get("route_all", base.route_all),
             given.get("quantize", base.quantize),
         )
 

@@ -1,8 +1,9 @@
 """All that decides what a run costs: the sizes of model, text and devices, and the recipe."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from convert import Spec
 from jaxprune import hardware
@@ -13,15 +14,35 @@ from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
 
 
+class Removal(NamedTuple):
+    """The removal of one kind of parts from every layer.
+
+    Attributes:
+        kind: experts, heads or channels.
+        before: the architecture before it.
+        after: the architecture after it.
+        changes: entries of config.json that the smaller model has other values of, those of
+            earlier removals included.
+        groups: how many parts each layer has before and after; None: they differ by layer, and
+            every input of a linear layer is one.
+    """
+
+    kind: str
+    before: Architecture
+    after: Architecture
+    changes: Mapping[str, Any]
+    groups: tuple[int, int] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class RunSizes:
     """What a run is asked to do, in sizes.
 
     Attributes:
         spec: the shapes and dtypes of the dense checkpoint.
-        saved: the same for the result, before experts are dropped.
+        saved: the same for the result, before any removal.
         architecture: the architecture of the dense model.
-        left: the same without the experts that are dropped.
+        removals: the parts that are removed before pruning, in order.
         recipe: what is done to it.
         windows: the number of calibration windows.
         length: tokens of a calibration window.
@@ -36,7 +57,7 @@ class RunSizes:
     spec: Spec
     saved: Spec
     architecture: Architecture
-    left: Architecture
+    removals: Sequence[Removal]
     recipe: Recipe
     windows: int
     length: int
@@ -45,6 +66,11 @@ class RunSizes:
     scratch: Path | None = None
     devices: Devices = ONE_DEVICE
     device_bytes: float | None = None
+
+    @property
+    def left(self) -> Architecture:
+        """The architecture after all removals."""
+        return self.removals[-1].after if self.removals else self.architecture
 
     @property
     def on_cpu(self) -> bool:
@@ -70,11 +96,15 @@ class RunSizes:
     def solved(self) -> Shapes:
         """The shapes of the loops over layers, in which every token may pass every expert."""
         shapes = self.pruned
-        if not self.recipe.experts.route_all:
+        if not self.recipe.route_all:
             return shapes
         architecture = self.left.routed(route_all=True)
         tokens = calibration_tokens(architecture, shapes.tokens)
         return dataclasses.replace(shapes, architecture=architecture, tokens=tokens)
+
+    def shapes_of(self, architecture: Architecture) -> Shapes:
+        """Returns the shapes of the programs of another architecture, stored as the result."""
+        return self._shapes(architecture, self.saved)
 
     def _shapes(self, architecture: Architecture, spec: Spec) -> Shapes:
         stored = stored_dtype(spec)
@@ -85,8 +115,12 @@ class RunSizes:
         routing, mesh = self.architecture.config.routing, self.devices.mesh
         if routing is None or routing.mesh == mesh:
             return self
-        architecture, left = (one.routed(mesh=mesh) for one in (self.architecture, self.left))
-        return dataclasses.replace(self, architecture=architecture, left=left)
+        removals = [
+            one._replace(before=one.before.routed(mesh=mesh), after=one.after.routed(mesh=mesh))
+            for one in self.removals
+        ]
+        architecture = self.architecture.routed(mesh=mesh)
+        return dataclasses.replace(self, architecture=architecture, removals=removals)
 
     @property
     def sensitivity_windows(self) -> int:

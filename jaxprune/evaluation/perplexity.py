@@ -176,7 +176,7 @@ def costs(run: RunSizes) -> PhaseCosts:
         for windows, length in run.texts
         for program in programs(run.pruned, windows, length, run.dense)
     )
-    return PhaseCosts(every, 2 * max(states, default=0), {"evaluate": moved})
+    return PhaseCosts(every, 2 * max(states, default=0), {"evaluate": moved} if states else {})
 
 
 def programs(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -77,6 +77,9 @@ class Claims:
             have exactly those.
         total: zeros that all kernels together must have at least.
         masks: where every kernel must be zero at least.
+        reoptimized: kernels that may differ from the dense checkpoint's because units that they
+            read were removed.
+        solved: whether kernels were pruned, tuned or quantized.
         quantization: the type of GGUF files that must hold every kernel as it is, if it comes in
             whole blocks.
     """
@@ -88,6 +91,8 @@ class Claims:
     projections: Mapping[Which, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     total: int | None = None
     masks: Masks | None = None
+    reoptimized: Collection[Which] = ()
+    solved: bool = True
     quantization: str | None = None
 
 
@@ -128,7 +133,7 @@ def verify(
             problems += [
                 f"{name} {fault}" for fault in _faults(array, which, claims, finite=not bad)
             ]
-            if claims.quantization or which not in claims.own or claims.own[which] is not None:
+            if _may_differ(which, claims):
                 continue
         compared += dense is not None
         if dense and name in dense.spec:
@@ -151,6 +156,12 @@ def verify(
             {which: kernel for which, kernel in kernels.items() if which not in claims.own}
         )
     return Verdict(kernels, problems, compared, tokenizer, dtype)
+
+
+def _may_differ(which: Which, claims: Claims) -> bool:
+    """Returns whether a kernel may differ from the dense checkpoint's."""
+    dense = not claims.quantization and which in claims.own and claims.own[which] is None
+    return which in claims.reoptimized or (claims.solved and not dense)
 
 
 def _faults(

@@ -23,7 +23,7 @@ from convert.hub import resolve
 from jaxprune import hardware
 from jaxprune.costs.flops import Flops
 from jaxprune.costs.program import PhaseCosts, Program, outside_bytes
-from jaxprune.costs.run_sizes import RunSizes
+from jaxprune.costs.run_sizes import Removal, RunSizes
 from jaxprune.costs.shapes import Shapes
 from jaxprune.evaluation import perplexity
 from jaxprune.hardware import writing_for
@@ -33,7 +33,9 @@ from jaxprune.planning import this_machine
 from jaxprune.planning.hlo_traffic import Module
 from jaxprune.planning.target_hardware import Target
 from jaxprune.planning.this_machine import peak_bytes
+from jaxprune.recipe_parts import NOTHING, Structure
 from jaxprune.sharding import ONE_DEVICE, Devices
+from jaxprune.structure.sizes import removals
 
 GIB = 2**30
 SHARE_OF_RATE = {"sensitivity": 0.6, "tune": 0.7, "evaluate": 0.5}
@@ -47,9 +49,12 @@ measured."""
 
 
 def shapes_of(
-    ckpt: str, dtype: np.dtype | None, save_dtype: DTypeLike | None = None
-) -> tuple[Spec, Spec, Architecture]:
-    """Returns a checkpoint's params, those of its results, and its architecture.
+    ckpt: str,
+    dtype: np.dtype | None,
+    save_dtype: DTypeLike | None = None,
+    structure: Structure = NOTHING,
+) -> tuple[Spec, Spec, Architecture, list[Removal]]:
+    """Returns a checkpoint's params, those of its results, its architecture, and the removals.
 
     They come from headers, or from config.json where there is nothing else.
 
@@ -58,9 +63,10 @@ def shapes_of(
         dtype: the dtype of the computation; None: as in `StreamedModel`.
         save_dtype: the dtype of the results; None: the checkpoint decides, as in
             `casting.saving_dtype`.
+        structure: what is removed.
 
     Raises:
-        InputError, CheckpointError: there is not even that.
+        InputError, CheckpointError: there is not even that, or the parts cannot be removed.
     """
     path = resolve(ckpt, weights=False)
     for module in formats().values():
@@ -68,12 +74,15 @@ def shapes_of(
             reader = module.Reader(path)
             saved = saving_dtype(reader, save_dtype)
             cast = cast_spec(reader.spec, saved) if saved else reader.spec
-            return reader.spec, cast, architecture_of(reader.assets, dtype, reader.spec)
+            architecture = architecture_of(reader.assets, dtype, reader.spec)
+            removed = removals(architecture, reader.assets, structure)
+            return reader.spec, cast, architecture, removed
     written = read_config(path)
     stored = np.dtype(written.get("dtype") or written.get("torch_dtype") or "float16")
     architecture = architecture_of(path, dtype or stored)
     spec = cast_spec(architecture.spec, stored)
-    return spec, cast_spec(spec, save_dtype or stored), architecture
+    removed = removals(architecture, path, structure)
+    return spec, cast_spec(spec, save_dtype or stored), architecture, removed
 
 
 class Cost(NamedTuple):
@@ -175,12 +184,13 @@ def need(run: RunSizes, within: float = 0.0, target: Target | None = None) -> Ne
     with stand_in if elsewhere else contextlib.nullcontext():
         for phase in wanted:
             costs = phase.costs(spread)
+            for name in costs.transfers:
+                found.phases.setdefault(name, _row(run, costs, name, base))
             every = list(costs.programs)
             # on one device loops have a length that is known
             alone = every if spread is run else phase.costs(run).programs
             for program, same in zip(every, alone, strict=True):
-                row = found.phases.setdefault(program.phase, _row(run, costs, program.phase, base))
-                flops = same.flops()
+                row, flops = found.phases[program.phase], same.flops()
                 row.flops.update({kind: int(n * program.calls) for kind, n in flops.items()})
                 peak = program.most_bytes()
                 if target is not None:

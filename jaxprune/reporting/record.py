@@ -28,6 +28,7 @@ from jaxprune.recipe import Recipe, effective, method_text, pattern_text
 from jaxprune.solve.kernel import KernelResult
 from jaxprune.solve.layer_result import LayerSummary
 from jaxprune.sparsity.patterns import Given, OwnPattern
+from jaxprune.structure.removal import RemovedUnits
 
 RECORD, REPORT = "jaxprune.json", "report.html"
 VERSION: Final = 3
@@ -94,6 +95,7 @@ class Run(Environment):
         divergences: number of tuned tokens, and then the divergence on held-out text, of each
             measure.
         kept_experts: layer index -> the experts that stayed, where some were dropped.
+        removed_units: heads or channels -> which of them were removed.
         few_tokens: linear layer of an expert -> how many tokens it was given, where these are fewer
             than its inputs.
         peak_bytes: of the host's memory and the device's.
@@ -119,6 +121,7 @@ class Run(Environment):
     timing: Timing | None = None
     divergences: list[tuple[Count, float]] = dataclasses.field(default_factory=list)
     kept_experts: dict[str, list[Count]] = dataclasses.field(default_factory=dict)
+    removed_units: dict[str, RemovedUnits] = dataclasses.field(default_factory=dict)
     few_tokens: dict[str, Count] = dataclasses.field(default_factory=dict)
     peak_bytes: dict[str, Count] = dataclasses.field(default_factory=dict)
     disk_bytes: dict[str, Count] = dataclasses.field(default_factory=dict)
@@ -202,6 +205,13 @@ def expected(run: Run) -> Claims:
     if run.effective.importance.max_deviation:  # every kernel had a sparsity of its own
         assert not isinstance(pattern, Given)
         total = round(pattern.sparsity * sum(kernel.size for kernel in kernels.values()))
+    solved = run.recipe.prunes or run.effective.tuning.tunes or run.recipe.quantize
+    reoptimized = {
+        (int(index), path)
+        for removed in run.removed_units.values()
+        for index, paths in removed.errors.items()
+        for path in paths
+    }
     return Claims(
         pattern=None if total or isinstance(pattern, Given) else pattern,
         own=run.named,
@@ -211,6 +221,8 @@ def expected(run: Run) -> Claims:
             which: kernel.projections for which, kernel in kernels.items() if kernel.projections
         },
         total=total,
+        reoptimized=reoptimized,
+        solved=bool(solved),
         quantization=run.recipe.quantize,
     )
 

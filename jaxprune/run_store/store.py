@@ -34,14 +34,19 @@ from jaxprune.sharding import fetch
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.sweep import Results
 
-EXPERTS, SENSITIVITY, PRUNED, QUANTIZED = "experts", "sensitivity", "pruned", "quantized"
+EXPERTS, HEADS, CHANNELS = "experts", "heads", "channels"
+"""What removals leave of each layer."""
+SENSITIVITY, PRUNED, QUANTIZED = "sensitivity", "pruned", "quantized"
 TUNING, TUNED = "tuning", "tuned"
 CURVE = "curve"
 """The measures of a tuning that has ended."""
 TEXTS = "texts"
 WEIGHTS = "weights"
 """Digests of the dense weights; see `identity.SavedDigests`."""
-STAGES = {EXPERTS, SENSITIVITY, PRUNED, QUANTIZED, TUNING, TUNED, CURVE, TEXTS, WEIGHTS}
+STAGES = {
+    *(EXPERTS, HEADS, CHANNELS, SENSITIVITY, PRUNED, QUANTIZED),
+    *(TUNING, TUNED, CURVE, TEXTS, WEIGHTS),
+}
 """The first part of the names of saved results."""
 RUN, NEW_RUN, LOCK = "run.json", ".jaxprune-run.json.new", "lock"
 """The files of a store beside its saved results."""

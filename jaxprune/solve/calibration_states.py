@@ -1,10 +1,12 @@
 """Hidden states of the calibration windows as they move through the pruned and dense layers."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Int
 
 from jaxprune.costs.shapes import calibration_tokens
-from jaxprune.solve.layer_result import SavedLayers
+from jaxprune.run_store.store import Stage
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel, inside_layer
 
@@ -17,6 +19,8 @@ class CalibrationStates:
         tokens: calibration windows, [windows, length] token ids.
         with_dense: whether to compute states after the dense layers too.
         saved: where pruned layers and states are saved; None: nothing is saved.
+        moves: the model through whose layers the states move again if an earlier process has
+            solved them; None: the saved layers themselves.
 
     Attributes:
         model, saved: as given.
@@ -33,9 +37,10 @@ class CalibrationStates:
         tokens: Int[np.ndarray, "w t"],
         *,
         with_dense: bool,
-        saved: SavedLayers | None = None,
+        saved: Stage[Any] | None = None,
+        moves: StreamedModel | None = None,
     ) -> None:
-        self.model, self.saved = model, saved
+        self.model, self.saved, self._moves = model, saved, moves
         self._position = 0  # number of layers that the states have passed
         self._fresh = True
         self.pruned = model.embed(tokens, at_a_time=calibration_tokens(model.architecture))
@@ -63,11 +68,15 @@ class CalibrationStates:
             if found := self.saved.states(lambda position: position <= index, self._named):
                 self._position, _ = found
         for before in range(self._position, index):
-            layer = self.saved.require(before)
-            part = self.model.architecture.layers[before]
-            params = self.model.put_layer(before, part.stack(inside_layer(before, layer.params)))
-            self.model.forward(before, params, self.pruned)
-            del params  # frees memory before the next are loaded
+            moves = self._moves or self.model
+            if self._moves:
+                (stored,) = moves.layers([before])
+            else:
+                own = inside_layer(before, self.saved.require(before).params)
+                stored = self.model.architecture.layers[before].stack(own)
+            params = moves.put_layer(before, stored)
+            moves.forward(before, params, self.pruned)
+            del stored, params  # frees memory before the next are loaded
             if self.dense:
                 (stored,) = self.model.layers([before])
                 self.model.forward(before, self.model.put_layer(before, stored), self.dense)

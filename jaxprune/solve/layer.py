@@ -27,7 +27,7 @@ from jaxprune.solve.layer_result import LayerResult, LayerSummary
 from jaxprune.solve.rules import TargetOf
 from jaxprune.solve.sensitivity import Weights
 from jaxprune.sparsity.masks import pack
-from jaxprune.streaming.model import in_checkpoint
+from jaxprune.streaming.model import StreamedModel, in_checkpoint
 from jaxprune.streaming.sweep import timed
 
 DAMPING = 1, 10, 100, 1000
@@ -109,6 +109,35 @@ def solve_layer(
             model.forward(index, model.put_layer(index, part.stack(pruned)), states.pruned)
     figures = LayerSummary(index, seconds, solved.results)
     return LayerResult(figures, in_checkpoint(index, pruned), solved.masks)
+
+
+def unsolved_layer(
+    model: StreamedModel,
+    target_of: TargetOf,
+    index: int,
+    stored: Params,
+    seconds: dict[str, float],
+) -> LayerResult:
+    """Returns a layer as it is, with masks that keep every weight.
+
+    Args:
+        model: the model.
+        target_of: (layer index, path of the linear layer) -> None: it gets no mask, so that nothing
+            tunes it.
+        index: the index of the layer.
+        stored: the layer's params on the host, in the form that its program takes.
+        seconds: seconds by phase so far.
+    """
+    layer = model.architecture.layers[index]
+    params, masks, results = layer.unstack(stored), {}, {}
+    for path in layer.kernels:
+        wanted = target_of(index, path) is not None
+        if wanted or path not in layer.routers:
+            kernel = jnp.asarray(params[f"{path}.kernel"])
+            results[path] = dense_result(kernel, layer.projections.get(path, ()))
+            if wanted:
+                masks[path] = fetch(pack(jnp.ones(kernel.shape, jnp.bool_)))
+    return LayerResult(LayerSummary(index, seconds, results), in_checkpoint(index, params), masks)
 
 
 def solve_linears(

@@ -3,7 +3,7 @@ shapes, and what pruning and quantization keep."""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -46,6 +46,11 @@ def pruning(run: RunSizes) -> PhaseCosts:
     return PhaseCosts(every, models * states, transfers, host, disk)
 
 
+def without_zeros(run: RunSizes) -> PhaseCosts:
+    """Returns what the loop costs that takes layers as they are: nothing is computed."""
+    return PhaseCosts((), 0, {"solve": 0})
+
+
 def quantization(run: RunSizes) -> PhaseCosts:
     """Returns what the loop that brings layers to a grid costs."""
     layers, states = len(run.architecture.layers), run.states_bytes(run.windows)
@@ -83,9 +88,9 @@ def programs(
     solves = _Solves(shapes, method, pattern, quantization, asymmetry)
     for layer, count in shapes.layers.items():
         stack, params = 0, shapes.layer_params(layer)
-        for totals, groups in _sums(shapes, layer).items():
-            given, sums = [x], dict(totals)
-            stack = max(stack, size_of([one for one in sums.values() if _of_experts(one)]))
+        for totals, groups in sums(shapes, layer).items():
+            given, total = [x], dict(totals)
+            stack = max(stack, size_of([one for one in total.values() if _of_experts(one)]))
             add: Any = gram_matrices.accumulate
             if asymmetry:
                 add, given = gram_matrices.accumulate_shift, [x, x]
@@ -93,10 +98,10 @@ def programs(
                 "gram",
                 "forward and Gram matrices",
                 partial(add, layer),
-                (params, *given, {}, [sums, sums] if asymmetry else sums),
+                (params, *given, {}, [total, total] if asymmetry else total),
                 count * groups * windows / x.shape[0],
                 2 * size_of(given),  # one batch on its way in, one on its way out
-                _expert_flops(shapes, sums, x.shape[0] * length),
+                expert_flops(shapes, total, x.shape[0] * length),
             )
         yield from solves.programs(layer, count, stack)
         # nothing reads the last layer's output
@@ -104,18 +109,28 @@ def programs(
         yield shapes.forward("forward", layer, x, windows * passed)
 
 
-def _sums(shapes: Shapes, layer: Layer) -> Counter[tuple[tuple[str, Any], ...]]:
+def sums(
+    shapes: Shapes, layer: Layer, captures: Collection[str] | None = None
+) -> Counter[tuple[tuple[str, Any], ...]]:
     """Returns what Gram matrices are summed in, as items of `Totals` -> how many groups of a
-    layer's inputs are summed in the like."""
+    layer's inputs are summed in the like.
+
+    Args:
+        shapes: the shapes of the run.
+        layer: the kind of layer.
+        captures: the inputs; None: those of all linear layers but routers.
+    """
     wanted = [
-        capture for capture, paths in layer.inputs.items() if not layer.routers.issuperset(paths)
+        capture
+        for capture, paths in layer.inputs.items()
+        if (capture in captures if captures is not None else not layer.routers.issuperset(paths))
     ]
     most, devices = gram_matrices.most_bytes(shapes.device_bytes), shapes.devices
     first = devices.abstract(Shape((), jnp.int32), None)
     found: Counter[tuple[tuple[str, Any], ...]] = Counter()
     for group in gram_matrices.groups(layer, wanted, most, devices):
-        sums = gram_matrices.sums(layer, group, devices, devices.count)
-        alike = jax.tree.map(lambda leaf: leaf if isinstance(leaf, Shape) else first, sums)
+        total = gram_matrices.sums(layer, group, devices, devices.count)
+        alike = jax.tree.map(lambda leaf: leaf if isinstance(leaf, Shape) else first, total)
         found[tuple(alike.items())] += 1
     return found
 
@@ -124,7 +139,7 @@ def _of_experts(total: Any) -> bool:
     return isinstance(total, ExpertTotals)
 
 
-def _expert_flops(shapes: Shapes, totals: Totals, tokens: int) -> Flops:
+def expert_flops(shapes: Shapes, totals: Totals, tokens: int) -> Flops:
     """Returns those of experts' Gram matrices, when so many tokens are spread over all experts
     evenly."""
     routing, found = shapes.architecture.config.routing, Flops()

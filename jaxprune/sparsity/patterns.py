@@ -108,6 +108,10 @@ class Unstructured:
         return f"{share} per output" if self.per_output else share
 
 
+NO_ZEROS = Unstructured(0.0)
+"""Keeps every weight."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Within:
     """A pattern that selects the zeros of another pattern differently; nothing else changes."""

@@ -42,7 +42,7 @@ class StreamedModel:
 
     Attributes:
         reader, devices, scratch, name, source: as given.
-        teacher: the model that it was made of by `keeping` or `saved_as`; else itself.
+        teacher: the model that it was derived from; else itself.
         architecture: its parts and shapes.
 
     Raises:
@@ -84,7 +84,7 @@ class StreamedModel:
         routers = {index: layer.scorers for index, layer in enumerate(self.architecture.layers)}
         count = max(map(len, kept.values()))
         changes = {name: count for name in EXPERT_COUNTS if name in self.hf_config}
-        return self._made_of(KeptExperts(self.reader, kept, routers, changes))
+        return self.derived(KeptExperts(self.reader, kept, routers, changes))
 
     def saved_as(self, dtype: DTypeLike) -> "StreamedModel":
         """Returns the model with weights that are stored in another dtype; the dtype of the
@@ -101,9 +101,10 @@ class StreamedModel:
         changes = dict.fromkeys(names, np.dtype(dtype).name)
         reader = CastReader(self.reader, dtype, changes)
         reader.require_range()
-        return self._made_of(reader)
+        return self.derived(reader)
 
-    def _made_of(self, reader: Reader) -> "StreamedModel":
+    def derived(self, reader: Reader) -> "StreamedModel":
+        """Returns the model with what a reader makes of its checkpoint."""
         made = StreamedModel(reader, self.dtype, self.devices, self.scratch, self.name, self.source)
         made.teacher = self.teacher
         return made
@@ -150,6 +151,11 @@ class StreamedModel:
     def hf_config(self) -> dict[str, Any]:
         """The content of config.json."""
         return read_config(self.reader.assets) | dict(config_changes(self.reader))
+
+    @property
+    def changed_entries(self) -> Mapping[str, Any]:
+        """The entries of config.json that have other values for this model."""
+        return config_changes(self.reader)
 
     def require_tokens(self, tokens: Int[np.ndarray, "w t"]) -> None:
         """Raises InputError for token ids outside the vocabulary, or windows longer than the model

@@ -47,7 +47,7 @@ def run(ckpt: str, args: argparse.Namespace) -> Run:
         text, out = Path(folder) / "text.npy", Path(folder) / "out"
         np.save(text, tokens)
         spec, architecture = model.reader.spec, model.architecture
-        sizes = RunSizes(spec, spec, architecture, architecture, recipe, *size, [size], out)
+        sizes = RunSizes(spec, spec, architecture, [], recipe, *size, [size], out)
         needed = need(sizes, within=float("inf"))  # no program is compiled
         for _ in range(2):  # the first one compiles
             rates = [_rate()]

@@ -31,9 +31,9 @@ from jaxprune.api.snapshot import Snapshot, solve
 from jaxprune.commands.recipe_options import parse
 from jaxprune.commands.solve import main
 from jaxprune.recipe_parts import Rule
-from jaxprune.solve.expert_removal import kept_experts
 from jaxprune.solve.layer_result import LayerResult
 from jaxprune.sparsity.patterns import partly
+from jaxprune.structure.experts import kept_experts
 from tests.helpers import families, tiny
 
 
@@ -68,8 +68,8 @@ def assert_solved_as_in_the_run(folder: Path, line: str, layer: int, file: Path)
     and patterns."""
     recipe, run = parse(line.split()), Pruned()
     model, smaller = load(folder), load(folder)
-    if recipe.experts.drop_experts:
-        smaller = model.keeping(kept_experts(model, tokens(), recipe.experts.drop_experts))
+    if recipe.structure.drop_experts:
+        smaller = model.keeping(kept_experts(model, tokens(), recipe.structure.drop_experts))
     for _ in prune_model(smaller, tokens(), recipe, context=Context(observer=run)):
         pass
     snapshots.save(file, snapshots.capture(model, tokens(), layer, recipe))

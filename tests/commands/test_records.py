@@ -164,7 +164,7 @@ def test_asymmetry_with_experts_is_refused_before_any_work(
     pruned: Path, capsys: pytest.CaptureFixture
 ) -> None:
     families.save(pruned.parent / "experts", families.config("qwen3_moe", "mixed"))
-    change(pruned, asymmetry=0.5, experts={"drop_experts": 0.5, "route_all": False})
+    change(pruned, asymmetry=0.5, structure={"drop_experts": 0.5})
     assert report(["pruned", "--out", "page.html"]) == 0
     assert "asymmetry 0.5" in Path("page.html").read_text()
     assert verify(["pruned"]) == 0

@@ -22,7 +22,7 @@ from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
 from jaxprune.recipe import PRESETS, Recipe
-from jaxprune.recipe_parts import Experts, Importance, Tuning
+from jaxprune.recipe_parts import Importance, Structure, Tuning
 from jaxprune.sparsity.patterns import NM, Unstructured
 
 
@@ -180,7 +180,7 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     )
     assert recipe("--rule *=0.7 --skip *.mlp.*").slug == f"{preset}-rules"
     assert recipe("--rule *.mlp.*=0.7 --skip * --quantize q4_0").slug == "dense-q4_0"
-    assert recipe("--drop-experts 0.25 --skip *").slug == "experts-without-25"
+    assert recipe("--drop-experts 0.25 --skip *").slug == "dense-without-25-experts"
     assert made.method == ADMM(damping=0.03) and recipe("--damping 0.2").method == ADMM(damping=0.2)
     assert recipe("--method alps").method == ALPS()
     assert recipe("--mask sparsegpt").method == Crossed(SparseGPT(), ADMM(damping=0.03))
@@ -407,7 +407,7 @@ def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture) -> N
         parse(["--method", name, "--help"])
     assert ended.value.code == 0
     text = re.sub(r"[\s│]", "", capsys.readouterr().out)
-    for cls in (Config, Flags, WholeModel, Importance, Tuning, Experts, methods.load(name)):
+    for cls in (Config, Flags, WholeModel, Importance, Tuning, Structure, methods.load(name)):
         docs = field_docs(cls)
         for field in dataclasses.fields(cls):
             assert f"--{field.name.replace('_', '-')}" in text, field.name

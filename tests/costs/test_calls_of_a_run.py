@@ -16,8 +16,9 @@ from jaxprune.distill import adafactor, gradual_pruning, layer_vjp, student
 from jaxprune.evaluation import perplexity
 from jaxprune.phases import PHASES
 from jaxprune.recipe_parts import Importance, Tuning
-from jaxprune.solve import expert_removal, gram_matrices, kernel, sensitivity
+from jaxprune.solve import gram_matrices, kernel, sensitivity
 from jaxprune.streaming import model as streaming
+from jaxprune.structure import experts
 from tests.helpers import families
 from tests.helpers.shapes import windows
 
@@ -25,7 +26,7 @@ COMPILED = (
     streaming.apply_layer,
     gram_matrices.accumulate,
     kernel.store,
-    expert_removal.norms,
+    experts.norms,
     sensitivity.backward,
     sensitivity.loss_gradient,
     layer_vjp.forward_and_vjp,
@@ -107,7 +108,7 @@ def test_a_run_makes_the_calls_that_its_phases_describe(
     families.save(tmp_path / "dense", configuration)
     model, tokens = load(tmp_path / "dense"), windows(4, 32)
     spec, architecture = model.reader.spec, model.architecture
-    run = RunSizes(spec, spec, architecture, architecture, RECIPE, 4, 32, [(4, 32)], tmp_path)
+    run = RunSizes(spec, spec, architecture, [], RECIPE, 4, 32, [(4, 32)], tmp_path)
     wanted = foreseen(run)
     called = recorded(monkeypatch)
     for _ in prune_model(model, tokens, RECIPE):

@@ -13,9 +13,9 @@ from jaxprune.distill.placement import Placement, placement_of
 from jaxprune.distill.schedule import TuningSteps
 from jaxprune.hardware import HEADROOM
 from jaxprune.models import architecture_of
-from jaxprune.recipe_parts import Tuning
+from jaxprune.recipe_parts import Structure, Tuning
 from jaxprune.sharding import ONE_DEVICE
-from jaxprune.solve.expert_removal import without_experts
+from jaxprune.structure.sizes import smaller_architecture
 from tests.helpers import cgroups, families, tiny
 
 
@@ -51,7 +51,7 @@ def test_a_model_that_drops_experts_leaves_room_for_the_dense_one(tmp_path: Path
         "qwen3_moe", "mixed", num_local_experts=64, moe_intermediate_size=1024
     ).save_pretrained(tmp_path)
     dense = architecture_of(tmp_path, jnp.float32)
-    fewer = without_experts(dense, 0.75)
+    fewer = smaller_architecture(dense, tmp_path, Structure(drop_experts=0.75))
     fits = [
         tuple(
             placement_of(fewer, (1, 8), teacher=t, device_bytes=size, batch_tokens=8).state

@@ -20,7 +20,7 @@ from jaxprune.commands.verify import main as verify
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import Architecture, architecture_of
 from jaxprune.recipe import Recipe
-from jaxprune.recipe_parts import Experts
+from jaxprune.recipe_parts import Structure
 from tests.helpers import families
 from tests.helpers.optional import needs_torch, torch
 
@@ -101,7 +101,9 @@ def test_they_go_through_a_run(
     tensors[NAMES[family]] = np.random.default_rng(0).random((24, 32), np.float32)
     save_file(tensors, "dense/model.safetensors", metadata={"format": "pt"})
     tokens = np.random.default_rng(0).integers(0, 300, (4, 40), np.int32)
-    prune(load("dense"), tokens, Recipe(Magnitude(), experts=Experts(drop_experts=0.34)), "pruned")
+    prune(
+        load("dense"), tokens, Recipe(Magnitude(), structure=Structure(drop_experts=0.34)), "pruned"
+    )
     assert verify(["pruned", "--against", "dense"]) == 0
     assert convert(["pruned", "orbax", "--to", "orbax"]) == 0 and convert(["orbax", "back"]) == 0
     back = load_file("back/model.safetensors")

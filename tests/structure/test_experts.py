@@ -20,16 +20,17 @@ from jaxprune.errors import InputError
 from jaxprune.loop import prune_layers
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.wanda import Wanda
-from jaxprune.recipe_parts import Experts, Rule, Tuning
+from jaxprune.recipe_parts import Rule, Structure, Tuning
 from jaxprune.solve import gram_matrices
 from jaxprune.solve import layer as solving
 from jaxprune.solve.calibration_states import CalibrationStates
-from jaxprune.solve.expert_removal import kept_experts
 from jaxprune.solve.gram_matrices import groups
 from jaxprune.solve.layer import least_damping
 from jaxprune.solve.rules import by_rules
 from jaxprune.sparsity.patterns import NM, Unstructured
 from jaxprune.streaming.model import StreamedModel
+from jaxprune.structure.experts import kept_experts
+from jaxprune.structure.removal import removals_of
 from tests.helpers import cgroups, families
 from tests.helpers.command import failing
 from tests.helpers.optional import needs_torch, torch
@@ -260,7 +261,7 @@ def test_what_is_left_is_tuned_towards_the_model_with_all_experts(here: Path) ->
     recipe = Recipe(
         Magnitude(),
         Unstructured(1e-4),
-        experts=Experts(drop_experts=0.5),
+        structure=Structure(drop_experts=0.5),
         tuning=Tuning(tune_epochs=1, tune_windows=4),
     )
     prune_whole(model, WINDOWS, recipe, "out", observer=seen)
@@ -353,4 +354,4 @@ def test_bad_options_are_refused_before_any_work(
 def test_models_without_experts_refuse_what_is_for_experts(tmp_path: Path) -> None:
     families.save(tmp_path, families.config("llama", "plain"))
     with pytest.raises(InputError, match="no experts"):
-        kept_experts(load(tmp_path), WINDOWS, 0.5)
+        removals_of(load(tmp_path), Structure(drop_experts=0.5))

@@ -21,8 +21,7 @@ from convert import Params
 from jaxprune.costs.program import PhaseCosts, Program
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.costs.shapes import Shapes
-from jaxprune.errors import Change, InputError
-from jaxprune.models import Architecture, Layer
+from jaxprune.models import Layer
 from jaxprune.models.common.experts import OUTPUT_CAPTURE
 from jaxprune.run_store.store import EXPERTS, RunStore
 from jaxprune.sharding import fetch
@@ -49,43 +48,13 @@ def kept_experts(
 
     Returns:
         Layer index -> sorted indices of the kept experts. Layers without experts are missing.
-
-    Raises:
-        InputError: see `require_experts`.
     """
-    count = require_experts(model.architecture, share)
     found = {}
     for index, saliency in _saliencies(model, tokens, store).items():
         order = np.argsort(-saliency, kind="stable")
-        found[index] = sorted(int(expert) for expert in order[: len(saliency) - count])
+        keep = len(saliency) - round(share * len(saliency))
+        found[index] = sorted(int(expert) for expert in order[:keep])
     return found
-
-
-def require_experts(architecture: Architecture, share: float) -> int:
-    """Returns how many experts are removed from each layer.
-
-    Raises:
-        InputError: the model has no experts, or fewer would remain than each token needs.
-    """
-    routing = architecture.config.routing
-    if routing is None or not any(layer.experts for layer in architecture.layers):
-        raise InputError("the model has no experts to drop", options={"drop_experts": Change.OMIT})
-    count = round(share * routing.experts)
-    if routing.experts - count < routing.per_token:
-        raise InputError(
-            f"{routing.experts - count} of {routing.experts} experts would remain, but each token "
-            f"needs {routing.per_token}",
-            options={"drop_experts": Change.LOWER},
-        )
-    return count
-
-
-def without_experts(architecture: Architecture, share: float) -> Architecture:
-    """Returns the architecture after the removal of experts; raises as `require_experts`."""
-    if not share:
-        return architecture
-    count = require_experts(architecture, share)
-    return architecture.routed(experts=architecture.config.routing.experts - count)
 
 
 def _saliencies(

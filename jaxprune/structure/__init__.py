@@ -1,0 +1,1 @@
+"""Removes whole parts of a model, so that an ordinary smaller checkpoint remains."""

@@ -1,0 +1,82 @@
+"""What it costs to remove heads or channels: the programs, with their shapes."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax.numpy as jnp
+from jax import ShapeDtypeStruct as Shape
+
+from jaxprune.costs.program import PhaseCosts, Program, size_of
+from jaxprune.costs.run_sizes import Removal, RunSizes
+from jaxprune.costs.shapes import Shapes
+from jaxprune.models import Layer
+from jaxprune.solve import gram_matrices, layer_costs
+from jaxprune.structure import input_groups
+from jaxprune.structure.shapes import Units, units_of
+
+
+def costs(kind: str, run: RunSizes) -> PhaseCosts:
+    """Returns what the removal of one kind of parts costs.
+
+    Args:
+        kind: heads or channels.
+        run: the sizes of the run.
+    """
+    removal = next(one for one in run.removals if one.kind == kind)
+    layers, states = len(removal.before.layers), run.states_bytes(run.windows)
+    weights = run.devices.count * run.stored_bytes("layers.")
+    moved = 2 * weights + (3 * layers - 2) * states
+    return PhaseCosts(
+        programs(run, removal), states, {kind: moved}, disk={"hidden states": 2 * states}
+    )
+
+
+def programs(run: RunSizes, removal: Removal) -> Iterator[Program]:
+    """Yields the programs of a removal."""
+    shapes, after = (run.shapes_of(one) for one in (removal.before, removal.after))
+    x = shapes.batch(run.windows, run.length)
+    last = removal.after.layers[-1]
+    passed = dict(after.layers)
+    passed[last] -= 1  # nothing reads the last layer's output
+    done: set[Layer] = set()
+    for layer, smaller in zip(removal.before.layers, removal.after.layers, strict=True):
+        if layer in done:
+            continue
+        done.add(layer)
+        count = shapes.layers[layer]
+        units = units_of(layer, smaller, removal.groups)
+        params = shapes.layer_params(layer)
+        for totals, groups in layer_costs.sums(shapes, layer, units).items():
+            given = dict(totals)
+            yield Program(
+                removal.kind,
+                "forward and Gram matrices",
+                partial(gram_matrices.accumulate, layer),
+                (params, x, {}, given),
+                count * groups * run.windows / x.shape[0],
+                2 * size_of(x),
+                layer_costs.expert_flops(shapes, given, x.shape[0] * run.length),
+            )
+        for one in units.values():
+            yield from _of_input(shapes, layer, one, removal.kind, count, size_of(params))
+        yield after.forward(removal.kind, smaller, x, run.windows * passed[smaller])
+
+
+def _of_input(
+    shapes: Shapes, layer: Layer, units: Units, kind: str, count: int, resident: int
+) -> Iterator[Program]:
+    """Yields the programs that choose the units of one input, and re-optimize what reads them."""
+    n = layer.kernels[units.readers[0]][0]
+    m = sum(layer.kernels[path][1] for path in units.readers)
+    abstract = shapes.devices.abstract
+    gram, kernel = (
+        abstract(Shape((n, n), jnp.float32), None),
+        abstract(Shape((n, m), jnp.float32), -1),
+    )
+    rows = Shape((units.keep * n // units.count,), jnp.int32)
+    select = partial(input_groups.selected, units.count, units.keep)
+    yield Program(
+        kind, f"select inputs of {units.readers[0]}", select, (gram, kernel), count, resident
+    )
+    solve = input_groups.optimum
+    yield Program(kind, f"solve {units.readers[0]}", solve, (gram, kernel, rows), count, resident)

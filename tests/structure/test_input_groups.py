@@ -1,0 +1,100 @@
+"""The choice of inputs and the re-optimization of the others, against NumPy in float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune.structure.input_groups import DAMPING, optimum, remove_inputs, selected
+
+RNG = np.random.default_rng(0)
+
+
+def problem(n: int, m: int, rows: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Correlated inputs' Gram matrix, and a kernel."""
+    inputs = RNG.normal(size=(rows, n)) @ RNG.normal(size=(n, n)) * np.exp(RNG.normal(size=n))
+    return inputs.T @ inputs, RNG.normal(size=(n, m))
+
+
+def arrays(*given: np.ndarray) -> tuple[jax.Array, ...]:
+    return tuple(jnp.asarray(array, jnp.float32) for array in given)
+
+
+def damped(gram: np.ndarray) -> np.ndarray:
+    """The Gram matrix with a ridge in proportion to its diagonal."""
+    diagonal = np.diag(gram)
+    return gram + DAMPING * np.diag(diagonal)
+
+
+def best(gram: np.ndarray, kernel: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The kernel of least loss among those with zeros outside `rows`."""
+    found = np.zeros_like(kernel)
+    found[rows] = np.linalg.solve(gram[np.ix_(rows, rows)], gram[rows] @ kernel)
+    return found
+
+
+def loss(gram: np.ndarray, difference: np.ndarray) -> float:
+    return float(np.sum(difference * (gram @ difference)))
+
+
+def greedy(gram: np.ndarray, kernel: np.ndarray, groups: int, keep: int) -> list[int]:
+    """Removes the group whose removal costs least, one after another, each by a new solve."""
+    size, alive = len(gram) // groups, list(range(groups))
+
+    def rows(some: list[int]) -> np.ndarray:
+        return np.concatenate([np.arange(g * size, (g + 1) * size) for g in some])
+
+    while len(alive) > keep:
+        left = [[g for g in alive if g != gone] for gone in alive]
+        alive = min(left, key=lambda some: loss(gram, kernel - best(gram, kernel, rows(some))))
+    return alive
+
+
+@pytest.mark.parametrize(("groups", "keep"), [(24, 15), (24, 23), (8, 5), (4, 1)])
+def test_one_group_after_another_goes_as_its_removal_costs_least(groups: int, keep: int) -> None:
+    gram, kernel = problem(24, 5)
+    kept, weights, error = remove_inputs(*arrays(gram, kernel), groups, keep)
+    assert kept.tolist() == greedy(damped(gram), kernel, groups, keep)
+    rows = np.flatnonzero(np.repeat(np.isin(np.arange(groups), kept), 24 // groups))
+    expected = best(damped(gram), kernel, rows)
+    np.testing.assert_allclose(weights, expected[rows], rtol=2e-3, atol=2e-4)
+    assert error == pytest.approx(
+        loss(gram, kernel - expected) / loss(gram, kernel), rel=1e-3, abs=1e-6
+    )
+
+
+def test_many_groups_go_in_few_steps_and_exactly_as_many_as_wanted() -> None:
+    gram, kernel = problem(300, 4, rows=900)
+    for keep in (1, 137, 172, 299):
+        alive = np.asarray(selected(300, keep, *arrays(gram, kernel)))
+        assert alive.sum() == keep
+
+
+def test_a_choice_beats_the_largest_weights_and_is_near_the_best_of_all() -> None:
+    gram, kernel = problem(10, 6)
+    h = damped(gram)
+    kept, _, _ = remove_inputs(*arrays(gram, kernel), 10, 6)
+
+    def cost(rows: np.ndarray) -> float:
+        return loss(h, kernel - best(h, kernel, rows))
+
+    every = [cost(np.asarray(rows)) for rows in itertools.combinations(range(10), 6)]
+    largest = np.sort(np.argsort(-np.linalg.norm(kernel, axis=1))[:6])
+    assert cost(kept) <= cost(largest)
+    assert np.mean(np.asarray(every) < cost(kept)) < 0.05
+
+
+def test_dead_inputs_go_first_and_leave_no_nan() -> None:
+    gram, kernel = problem(12, 3)
+    gram[[2, 7]] = gram[:, [2, 7]] = 0
+    kept, weights, error = remove_inputs(*arrays(gram, kernel), 12, 10)
+    assert kept.tolist() == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert np.isfinite(weights).all() and 0 <= error < 1e-3
+
+
+def test_without_inputs_the_kernel_stays_and_the_error_is_no_nan() -> None:
+    gram, kernel = arrays(np.zeros((6, 6)), np.ones((6, 2)))
+    weights, error = optimum(gram, kernel, jnp.arange(3))
+    assert np.isfinite(jax.device_get(weights)).all() and float(error) == 0
