@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, make_single_device_sharding
 
 from jaxprune.errors import Change, InputError
 
@@ -154,11 +154,10 @@ def fetch(tree: Any) -> Any:
 
 
 def _placed(shape: jax.ShapeDtypeStruct, device: jax.Device | None) -> jax.ShapeDtypeStruct:
-    return (
-        shape
-        if device is None
-        else jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=SingleDeviceSharding(device))
-    )
+    if device is None:
+        return shape
+    sharding = make_single_device_sharding(device)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def _same(array: jax.Array) -> jax.Array:
