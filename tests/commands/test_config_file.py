@@ -50,6 +50,7 @@ RECIPES = [
     "--method wanda --rule *.q_proj=0.75",
     "--preset fast --quantize q5_0",
     "--preset fast --tune-chunks 2 --drop-experts 0.25 --route-all",
+    "--drop-heads 0.25 --drop-channels 0.2 --channel-multiple 64",
     "--weigh-outputs --sensitivity-windows 3",
 ]
 
