@@ -77,8 +77,8 @@ CASES = {
     "resumed after a kill": f"--ckpt {CKPT} --preset best --sparsity 0.7",
     "8 CPU devices": f"--ckpt {CKPT} --sparsity 0.5 --devices 8",
     "experts": "--ckpt tiny-experts --sparsity 0.5",
-    "experts dropped": "--ckpt tiny-experts --drop-experts 0.25 --sparsity 0.5 --route-all --method "
-    "wanda --save-masks masks-of-experts",
+    "experts dropped": "--ckpt tiny-experts --drop-experts 0.25 --sparsity 0.5 --route-all "
+    "--method wanda --save-masks masks-of-experts",
     "experts, best 70 %, on a grid": "--ckpt tiny-experts --preset best --sparsity 0.7 "
     "--quantize q4_0",
     "on a grid": "--ckpt tiny-dense --method sparsegpt --sparsity 0.5 --quantize q5_0",
