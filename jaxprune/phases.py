@@ -41,7 +41,7 @@ from jaxprune.solve.sensitivity import Weights, measure_sensitivity, weights
 from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.sweep import sweep
-from jaxprune.structure import experts, removal_costs
+from jaxprune.structure import experts, layers, removal_costs
 
 Targets = tuple[Pattern | TargetOf, Mapping[tuple[int, str], Pattern | None]]
 """The target of linear layers that no rule names, and the patterns of those that rules name."""
@@ -313,6 +313,7 @@ class Phase(NamedTuple):
 
 
 PHASES = (
+    Phase(lambda recipe: recipe.structure.chooses_layers, layers.costs),
     Phase(lambda recipe: recipe.structure.drop_experts > 0, experts.costs),
     Phase(lambda recipe: recipe.structure.drop_heads > 0, partial(removal_costs.costs, "heads")),
     Phase(

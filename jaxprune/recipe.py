@@ -191,8 +191,10 @@ class Recipe:
         method = self.method.method if isinstance(self.method, Finished) else self.method
         crossed = [method.selector, method.updater] if isinstance(method, Crossed) else [method]
         how = "-".join(map(methods.name_of, crossed))
-        shares = self.structure.shares.items()
-        dropped = "".join(f"-without-{percent(share)}-{kind}" for kind, share in shares)
+        removed = self.structure.removed.values()
+        dropped = "".join(
+            f"-without-{words.replace(' % of ', '-').replace(' ', '-')}" for words in removed
+        )
         patterns = self.patterns_of_all
         if not self.prunes and dropped:
             tuned = self.preset if self.tuning.tunes and any(patterns or [True]) else None
@@ -281,10 +283,9 @@ def method_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
     recipe = effective(recipe, patterns)
     importance, tuning = recipe.importance, recipe.tuning
     gradual = gradual_sparsity(tuning, recipe.pattern)
-    removed = {
-        f"{percent(share)} % of {kind} dropped": True
-        for kind, share in recipe.structure.shares.items()
-    }
+    removed = dict.fromkeys(
+        (f"{words} dropped" for words in recipe.structure.removed.values()), True
+    )
     method = "linear layers left dense" if {*patterns} == {None} else text_of(recipe.method)
     done = {
         **({} if recipe.prunes else removed),

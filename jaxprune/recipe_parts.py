@@ -3,12 +3,13 @@
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from convert.schema import OWN
 from jaxprune.errors import Change, InputError
-from jaxprune.sparsity.patterns import NM, Given, OwnPattern, RecipePattern, Unstructured
+from jaxprune.sparsity.patterns import NM, Given, OwnPattern, RecipePattern, Unstructured, percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +176,9 @@ class Structure:
     checkpoint of the same family."""
 
     __pydantic_config__ = OWN
+    drop_layers: int | str = 0
+    """Remove whole decoder layers. A number removes those without which the model's predictions
+    change least. Names such as layers.4,layers.7 remove these."""
     drop_experts: float = 0.0
     """Remove this fraction of the experts of every layer, those of least saliency (REAP). The
     saliency of an expert is the mean over its tokens of its routing weight times the norm of its
@@ -190,14 +194,26 @@ class Structure:
     q4_k 256."""
 
     def __post_init__(self) -> None:
-        for kind, share in self._shares.items():
+        for kind, share in self.shares.items():
             if not 0 <= share < 1:
                 raise InputError(f"drop_{kind} must be at least 0 and below 1, not {share}")
         if self.channel_multiple < 1:
             raise InputError(f"channel_multiple must be at least 1, not {self.channel_multiple}")
+        if isinstance(self.drop_layers, str):
+            names = self.drop_layers.split(",")
+            if not all(re.fullmatch(r"layers\.(0|[1-9][0-9]{0,8})", name) for name in names):
+                raise InputError(
+                    "drop_layers must be a number of layers, or names such as layers.4,layers.7, "
+                    f"not {self.drop_layers!r}"
+                )
+            if len({*names}) < len(names):
+                raise InputError(f"drop_layers names a layer twice: {self.drop_layers}")
+        elif self.drop_layers < 0:
+            raise InputError(f"drop_layers must not be negative, not {self.drop_layers}")
 
     @property
-    def _shares(self) -> dict[str, float]:
+    def shares(self) -> dict[str, float]:
+        """Kind of parts of a layer -> the fraction of them that is removed."""
         return {
             "experts": self.drop_experts,
             "heads": self.drop_heads,
@@ -205,10 +221,36 @@ class Structure:
         }
 
     @property
-    def shares(self) -> dict[str, float]:
-        """Kind of parts -> the fraction of them that is removed; kinds of which none are, are
-        missing. Parts are removed in this order."""
-        return {kind: share for kind, share in self._shares.items() if share}
+    def named_layers(self) -> list[int]:
+        """The indices of the layers that are named to be removed, in order."""
+        if not isinstance(self.drop_layers, str):
+            return []
+        return sorted(int(name.partition(".")[2]) for name in self.drop_layers.split(","))
+
+    @property
+    def layer_count(self) -> int:
+        """The number of layers that are removed."""
+        return len(self.named_layers) if isinstance(self.drop_layers, str) else self.drop_layers
+
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether the layers that are removed are still to be chosen."""
+        return self.layer_count > len(self.named_layers)
+
+    @property
+    def removed(self) -> dict[str, str]:
+        """Kind of parts -> how many are removed, in words; kinds of which none are, are missing.
+        Parts are removed in this order."""
+        count = self.layer_count
+        layers = {"layers": f"{count} layer{'s' if count > 1 else ''}"} if count else {}
+        return layers | {
+            kind: f"{percent(share)} % of {kind}" for kind, share in self.shares.items() if share
+        }
+
+    def naming_layers(self, indices: Iterable[int]) -> "Structure":
+        """Returns the same with the layers that are removed named."""
+        names = ",".join(f"layers.{index}" for index in indices)
+        return dataclasses.replace(self, drop_layers=names)
 
 
 NOTHING = Structure()

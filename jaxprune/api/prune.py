@@ -263,9 +263,7 @@ class _Run:
     def prune(self, context: Context) -> tuple[set[str], int]:
         """Writes the pruned checkpoint into the store; returns as `_write_checkpoint`."""
         record, saved = self.recorder.record, self.saved
-        saved, experts, units = remove(saved, self.windows, self.recipe.structure, context)
-        record.kept_experts = {str(index): kept for index, kept in experts.items()}
-        record.removed_units = units
+        saved, record.removed = remove(saved, self.windows, self.recipe.structure, context)
         if self.options.timing:
             with context.timed("timing"):
                 record.timing = jit_versus_eager(saved, self.windows, self.recipe)

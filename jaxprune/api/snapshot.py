@@ -162,11 +162,11 @@ def capture(
         InputError: the layer does not exist or stays dense, or model, tokens and recipe do not fit
             together.
     """
-    require_layer(model.architecture, layer)
     model.require_tokens(tokens)
     left = smaller_architecture(model.architecture, model.reader.assets, recipe.structure)
+    require_layer(left, layer)
     targets = require_recipe(left, recipe)
-    model, *_ = remove(model, tokens, recipe.structure)
+    model, _ = remove(model, tokens, recipe.structure)
     if not Solver(recipe.method, with_rules(*targets)).captures(
         layer, model.architecture.layers[layer]
     ):

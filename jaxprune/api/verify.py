@@ -13,7 +13,7 @@ from jaxprune.reporting import record as records
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.model import StreamedModel
-from jaxprune.structure.removal import removals_of, without
+from jaxprune.structure.removal import without
 
 
 def verify(
@@ -48,7 +48,8 @@ def verify(
     if run := records.run_of(model.source):
         claims = records.expected(run)
         if dense:
-            dense = _without_removed(dense, run, Path(model.source, records.RECORD))
+            file = Path(model.source, records.RECORD)
+            dense = without(dense, run.recipe.structure, run.removed, file)
     if pattern is not None:
         claims = dataclasses.replace(claims, pattern=pattern, wanted=None, own={})
     if zeros_of is not None:
@@ -56,13 +57,3 @@ def verify(
         zeros = masks.from_checkpoint(open_checkpoint(zeros_of), str(zeros_of), other)
         claims = dataclasses.replace(claims, masks=zeros)
     return verification.verify(model, claims, dense)
-
-
-def _without_removed(dense: StreamedModel, run: records.Run, file: Path) -> StreamedModel:
-    """Returns the dense model without the parts that a run removed; `file` is the record of it."""
-    for removal in removals_of(dense, run.recipe.structure):
-        if removal.kind == "experts":
-            dense = dense.keeping({int(index): kept for index, kept in run.kept_experts.items()})
-        else:
-            dense = without(dense, removal, run.removed_units.get(removal.kind), file)
-    return dense

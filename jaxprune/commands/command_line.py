@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import math
+import re
 import sys
 import types
 import typing
@@ -222,11 +223,12 @@ def _parameter(
     kind = typing.get_type_hints(section.options)[field.name]
     text = field_docs(section.options)[field.name]
     default = section.defaults.get(flag, field.default)
+    kinds = [one for one in typing.get_args(kind) or [kind] if one is not type(None)]
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        kind = kinds[0]
     if default not in (dataclasses.MISSING, (), None) and default is not False:
         text += f" (default: {default})"
-    converter = {int: whole, float: real, str: named}.get(kind)
+    converter = whole_or_text if kinds == [int, str] else CONVERTERS.get(kind)
     spelt = flag.replace("_", "-")
     note = Parameter(
         name=f"--{spelt}",
@@ -302,6 +304,16 @@ def named(text: str) -> str:
     if not text:
         raise ValueError("nothing is given")
     return text
+
+
+def whole_or_text(text: str) -> int | str:
+    """Reads a whole number, or any other text, which is not empty; errors as for `whole` and
+    `named`."""
+    return whole(text) if re.fullmatch("[-+]?[0-9]+", text) else named(text)
+
+
+CONVERTERS: Mapping[Any, Callable[[str], Any]] = {int: whole, float: real, str: named}
+"""Type of an option -> how its text is read."""
 
 
 def _brief(text: str) -> str:

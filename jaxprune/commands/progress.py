@@ -26,7 +26,7 @@ from jaxprune.streaming.observer import Observer
 MOST_COLUMNS = 6
 """Of a table of checkpoints, so that a terminal has room for it."""
 SHORTER = {
-    **dict.fromkeys(("experts", "heads", "channels"), "a smaller --nsamples or --seqlen"),
+    **dict.fromkeys(("layers", "experts", "heads", "channels"), "a smaller --nsamples or --seqlen"),
     "sensitivity": "a smaller --sensitivity-windows",
     "gram": "a smaller --nsamples or --seqlen",
     "solve": "a quicker --method (wanda, or magnitude)",

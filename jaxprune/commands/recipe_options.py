@@ -205,7 +205,7 @@ class RecipeOptions:
             raise InputError(f"--preset takes {', '.join(PRESETS)}, not {self._preset!r}")
         base, method = self._record or self._base, self._method(given)
         structure = _replaced(base.structure, given)
-        removes = any(given.get(f"drop_{kind}") for kind in structure.shares)
+        removes = any(given.get(f"drop_{kind}") for kind in structure.removed)
         pattern = self._pattern(given, method)
         if (
             removes

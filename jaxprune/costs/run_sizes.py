@@ -15,10 +15,10 @@ from jaxprune.sharding import ONE_DEVICE, Devices
 
 
 class Removal(NamedTuple):
-    """The removal of one kind of parts from every layer.
+    """The removal of one kind of parts.
 
     Attributes:
-        kind: experts, heads or channels.
+        kind: layers, experts, heads or channels.
         before: the architecture before it.
         after: the architecture after it.
         changes: entries of config.json that the smaller model has other values of, those of

@@ -71,15 +71,14 @@ def text_quality(
         observer: is notified of progress.
 
     Raises:
-        InputError: a model or the tokens cannot be used, or the models differ in depth or
-            vocabulary.
+        InputError: a model or the tokens cannot be used, or the models differ in vocabulary.
     """
-    for model in models[1:]:
-        if (first := _size(models[0])) != (other := _size(model)):
+    first, *others = (model.architecture.config.vocab_size for model in models)
+    for other in others:
+        if first != other:
             raise InputError(
-                f"models of {first[0]} layers and {first[1]} tokens, and of {other[0]} layers and "
-                f"{other[1]} tokens "
-                "cannot be compared: give the dense checkpoint that the pruned one was made from"
+                f"models of {first} and of {other} tokens cannot be compared: give the dense "
+                "checkpoint that the pruned one was made from"
             )
     on = f"on {short_name(name)}, {tokens.size:,} tokens"
     states: list[HiddenStates] = []
@@ -100,10 +99,6 @@ def perplexity(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> float:
     return found
 
 
-def _size(model: StreamedModel) -> tuple[int, int]:
-    return model.num_layers, model.architecture.config.vocab_size
-
-
 def compare(
     models: Sequence[StreamedModel],
     states: Sequence[HiddenStates],
@@ -112,7 +107,8 @@ def compare(
 ) -> list[TextQuality]:
     """Does what `text_quality` does, from the outputs of the last layers."""
     parts = tuple(model.architecture.head for model in models)
-    heads = tuple(model.params_of(model.architecture.head) for model in models)
+    loaded = {model: model.params_of(model.architecture.head) for model in dict.fromkeys(models)}
+    heads = tuple(loaded[model] for model in models)
     losses, divergences, agreements = np.zeros((3, len(models)))
     for number, rows in enumerate(states[0].slices()):
         targets = tokens[rows, 1:].reshape(-1).astype(np.int32)

@@ -34,8 +34,10 @@ def summary(run: Run) -> list[tuple[str, str]]:
         rows.append(
             ("resumed", f"{run.resumed_layers} of {len(run.layers)} layers were pruned before")
         )
-    if run.kept_experts:
-        rows.append(("experts kept", f"{len(next(iter(run.kept_experts.values())))} a layer"))
+    if run.removed.layers:
+        rows.append(("layers removed", ", ".join(map(str, sorted(run.removed.layers)))))
+    if run.removed.experts:
+        rows.append(("experts kept", f"{len(next(iter(run.removed.experts.values())))} a layer"))
     if run.few_tokens:
         what = "experts' linear layers with fewer tokens than inputs"
         rows.append((what, f"{len(run.few_tokens)}, named in {RECORD}"))

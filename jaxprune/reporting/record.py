@@ -28,7 +28,7 @@ from jaxprune.recipe import Recipe, effective, method_text, pattern_text
 from jaxprune.solve.kernel import KernelResult
 from jaxprune.solve.layer_result import LayerSummary
 from jaxprune.sparsity.patterns import Given, OwnPattern
-from jaxprune.structure.removal import RemovedUnits
+from jaxprune.structure.removal import Removed
 
 RECORD, REPORT = "jaxprune.json", "report.html"
 VERSION: Final = 3
@@ -94,8 +94,7 @@ class Run(Environment):
         timing: of the first layer with and without compilation, where that was asked for.
         divergences: number of tuned tokens, and then the divergence on held-out text, of each
             measure.
-        kept_experts: layer index -> the experts that stayed, where some were dropped.
-        removed_units: heads or channels -> which of them were removed.
+        removed: the parts that were removed before pruning.
         few_tokens: linear layer of an expert -> how many tokens it was given, where these are fewer
             than its inputs.
         peak_bytes: of the host's memory and the device's.
@@ -120,8 +119,7 @@ class Run(Environment):
     seconds: dict[str, float | None] = dataclasses.field(default_factory=dict)
     timing: Timing | None = None
     divergences: list[tuple[Count, float]] = dataclasses.field(default_factory=list)
-    kept_experts: dict[str, list[Count]] = dataclasses.field(default_factory=dict)
-    removed_units: dict[str, RemovedUnits] = dataclasses.field(default_factory=dict)
+    removed: Removed = dataclasses.field(default_factory=Removed)
     few_tokens: dict[str, Count] = dataclasses.field(default_factory=dict)
     peak_bytes: dict[str, Count] = dataclasses.field(default_factory=dict)
     disk_bytes: dict[str, Count] = dataclasses.field(default_factory=dict)
@@ -208,8 +206,8 @@ def expected(run: Run) -> Claims:
     solved = run.recipe.prunes or run.effective.tuning.tunes or run.recipe.quantize
     reoptimized = {
         (int(index), path)
-        for removed in run.removed_units.values()
-        for index, paths in removed.errors.items()
+        for units in run.removed.units.values()
+        for index, paths in units.errors.items()
         for path in paths
     }
     return Claims(

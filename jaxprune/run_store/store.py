@@ -34,8 +34,8 @@ from jaxprune.sharding import fetch
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.sweep import Results
 
-EXPERTS, HEADS, CHANNELS = "experts", "heads", "channels"
-"""What removals leave of each layer."""
+LAYERS, EXPERTS, HEADS, CHANNELS = "layers", "experts", "heads", "channels"
+"""What removals measure, or leave of each layer."""
 SENSITIVITY, PRUNED, QUANTIZED = "sensitivity", "pruned", "quantized"
 TUNING, TUNED = "tuning", "tuned"
 CURVE = "curve"
@@ -44,7 +44,7 @@ TEXTS = "texts"
 WEIGHTS = "weights"
 """Digests of the dense weights; see `identity.SavedDigests`."""
 STAGES = {
-    *(EXPERTS, HEADS, CHANNELS, SENSITIVITY, PRUNED, QUANTIZED),
+    *(LAYERS, EXPERTS, HEADS, CHANNELS, SENSITIVITY, PRUNED, QUANTIZED),
     *(TUNING, TUNED, CURVE, TEXTS, WEIGHTS),
 }
 """The first part of the names of saved results."""

@@ -40,7 +40,7 @@ def kept_experts(
     The experts with the smallest saliency are removed.
 
     Args:
-        model: the dense model.
+        model: the model before the removal.
         tokens: calibration windows, [windows, length] token ids.
         share: the fraction of each layer's experts to remove. The number is rounded to the nearest
             integer.
@@ -102,9 +102,10 @@ def norms(
 
 def costs(run: RunSizes) -> PhaseCosts:
     """Returns what measuring experts costs."""
-    layers, states = len(run.architecture.layers), run.states_bytes(run.windows)
+    removal = next(one for one in run.removals if one.kind == "experts")
+    layers, states = len(removal.before.layers), run.states_bytes(run.windows)
     moved = run.devices.count * run.dense_bytes + 2 * layers * states
-    every = programs(run.dense, run.windows, run.length)
+    every = programs(run.shapes_of(removal.before), run.windows, run.length)
     return PhaseCosts(every, states, {"experts": moved})
 
 

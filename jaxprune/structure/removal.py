@@ -19,7 +19,7 @@ from pydantic import Base64UrlBytes
 from convert import Params, Reader
 from convert.checkpoint import DerivedReader
 from convert.errors import DamagedError
-from convert.schema import Measured
+from convert.schema import Count, FiniteOrNull, Measured
 from jaxprune.costs.run_sizes import Removal
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import Layer
@@ -34,8 +34,9 @@ from jaxprune.streaming.model import StreamedModel, in_checkpoint, inside_layer
 from jaxprune.streaming.sweep import Results, sweep, timed
 from jaxprune.structure.experts import kept_experts
 from jaxprune.structure.input_groups import remove_inputs
+from jaxprune.structure.layers import dropped_layers, without_layers
 from jaxprune.structure.shapes import Units, cut, units_of
-from jaxprune.structure.sizes import removals
+from jaxprune.structure.sizes import removal_of
 
 STAGE_OF = {"heads": HEADS, "channels": CHANNELS}
 
@@ -66,6 +67,25 @@ class RemovedUnits:
 
     kept: dict[str, dict[str, Base64UrlBytes]]
     errors: dict[str, dict[str, Measured]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Removed:
+    """What a run removed, for the record.
+
+    Attributes:
+        layers: the indices of the layers that were removed, in the order in which they were chosen.
+        divergences: the KL divergence from the dense model after each of them; empty if they were
+            named.
+        experts: layer index -> the experts that stayed, where some were removed. Layers are counted
+            without those that were removed, here and in `units`.
+        units: heads or channels -> which of them were removed.
+    """
+
+    layers: list[Count] = dataclasses.field(default_factory=list)
+    divergences: list[FiniteOrNull] = dataclasses.field(default_factory=list)
+    experts: dict[str, list[Count]] = dataclasses.field(default_factory=dict)
+    units: dict[str, RemovedUnits] = dataclasses.field(default_factory=dict)
 
 
 class SmallerReader(DerivedReader):
@@ -148,39 +168,44 @@ def remove(
     tokens: Int[np.ndarray, "w t"],
     structure: Structure,
     context: Context = NO_STORE,
-) -> tuple[StreamedModel, dict[int, list[int]], dict[str, RemovedUnits]]:
+) -> tuple[StreamedModel, Removed]:
     """Removes the parts of a model that a recipe names.
 
     Args:
-        model: the model; saliencies of experts are those of its `teacher`.
+        model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         structure: what is removed.
         context: its store saves finished layers, its observer gets the seconds.
 
     Returns:
-        The smaller model; layer index -> experts that stay, where experts are removed; and heads
-        or channels -> what was removed.
+        The smaller model, and what was removed.
 
     Raises:
         InputError: see `sizes.removals`.
     """
-    experts: dict[int, list[int]] = {}
-    removed = {}
-    for removal in removals_of(model, structure):
-        with context.timed(removal.kind):
-            if removal.kind == "experts":
-                share = structure.drop_experts
-                experts = kept_experts(model.teacher, tokens, share, context.store)
-                model = model.keeping(experts)
+    removed = Removed()
+    for kind in structure.removed:
+        with context.timed(kind):
+            if kind == "layers":
+                dropped = dropped_layers(model, tokens, structure, context)
+                removed = dataclasses.replace(removed, **dropped._asdict())
+                model = without_layers(model, dropped.layers)
+            elif kind == "experts":
+                kept = kept_experts(model, tokens, structure.drop_experts, context.store)
+                experts = {str(index): own for index, own in kept.items()}
+                removed = dataclasses.replace(removed, experts=experts)
+                model = model.keeping(kept)
             else:
-                model, removed[removal.kind] = remove_units(model, tokens, removal, context)
-    return model, experts, removed
+                removal = removal_from(model, kind, structure)
+                model, units = remove_units(model, tokens, removal, context)
+                removed = dataclasses.replace(removed, units=removed.units | {kind: units})
+    return model, removed
 
 
-def removals_of(model: StreamedModel, structure: Structure) -> list[Removal]:
-    """Returns the removals of a recipe from a model; errors as for `sizes.removals`."""
-    changes = model.changed_entries
-    return removals(model.architecture, model.reader.assets, structure, changes)
+def removal_from(model: StreamedModel, kind: str, structure: Structure) -> Removal:
+    """Returns the removal of one kind of parts from a model; errors as for `sizes.removals`."""
+    assets, entries = model.reader.assets, model.changed_entries
+    return removal_of(model.architecture, assets, kind, structure, entries)
 
 
 def remove_units(
@@ -220,32 +245,49 @@ def remove_units(
 
 
 def without(
-    model: StreamedModel, removal: Removal, removed: RemovedUnits | None, file: str | Path
+    model: StreamedModel, structure: Structure, removed: Removed, file: str | Path
 ) -> StreamedModel:
-    """Returns a dense model without the units that a run removed, nothing re-optimized.
+    """Returns a dense model without the parts that a run removed, nothing re-optimized.
 
     Args:
-        model: the model before the removal.
-        removal: the removal.
+        model: the dense model.
+        structure: what the run's recipe removes.
         removed: what the run's record says of it.
         file: the record.
 
     Raises:
-        DamagedError: the record does not say which units stayed.
+        DamagedError: the record does not say what was removed.
     """
+    for kind in structure.removed:
+        if kind == "layers":
+            named = {*removed.layers} <= {*range(model.num_layers)}
+            if not named or len({*removed.layers}) != structure.layer_count:
+                raise _unsaid("which layers were removed", file)
+            model = without_layers(model, removed.layers)
+        elif kind == "experts":
+            model = model.keeping({int(index): own for index, own in removed.experts.items()})
+        else:
+            removal = removal_from(model, kind, structure)
+            model = _without_units(model, removal, removed.units.get(kind), file)
+    return model
+
+
+def _without_units(
+    model: StreamedModel, removal: Removal, removed: RemovedUnits | None, file: str | Path
+) -> StreamedModel:
     layers = {}
     for index in range(model.num_layers):
         units = _units(removal, index)
         said = removed.kept.get(str(index), {}) if removed else {}
         kept = {capture: _places(said.get(capture, b""), one) for capture, one in units.items()}
         if any(len(kept[capture]) != one.keep for capture, one in units.items()):
-            raise DamagedError(
-                f"it does not say which {removal.kind} of layer {index} were kept",
-                file=file,
-                entry="removed_units",
-            )
+            raise _unsaid(f"which {removal.kind} of layer {index} were kept", file)
         layers[index] = SmallerLayer(kept, {}, {})
     return model.derived(SmallerReader(model.reader, removal, layers.__getitem__))
+
+
+def _unsaid(what: str, file: str | Path) -> DamagedError:
+    return DamagedError(f"it does not say {what}", file=file, entry="removed")
 
 
 def _units(removal: Removal, index: int) -> dict[str, Units]:

@@ -7,7 +7,6 @@ refuse is refused here, before any work.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from convert.assets import load_config
@@ -25,50 +24,78 @@ CHANNELS = (
     "ffn_dim",
 )
 """Entries that hold the number of channels of a feed-forward network."""
+LAYER_LISTS = "layer_types", "no_rope_layers"
+"""Entries that hold a value for each layer."""
+FIRST_LAYERS = ("first_k_dense_replace",)
+"""Entries that hold how many of the first layers are of another kind."""
+PREDICTORS = ("num_nextn_predict_layers",)
+"""Entries that hold the number of modules for multi-token prediction, which a removal drops."""
+Entries = dict[str, Any]
+Groups = tuple[int, int] | None
 Built = Callable[[Mapping[str, Any]], Architecture]
 """Entries of config.json -> the architecture with them."""
 HEADS, KV_HEADS, HEAD_SIZE = "num_attention_heads", "num_key_value_heads", "head_dim"
 
 
-def removals(
-    architecture: Architecture,
-    assets: Path,
-    structure: Structure,
-    changes: Mapping[str, Any] = MappingProxyType({}),
-) -> list[Removal]:
-    """Returns the removals of a recipe, in order: experts, heads, channels.
+def removals(architecture: Architecture, assets: Path, structure: Structure) -> list[Removal]:
+    """Returns the removals of a recipe, in order.
+
+    Where the recipe says how many layers are removed, but not which, they are the last ones here.
 
     Args:
         architecture: of the dense model.
         assets: the folder of its config.json.
         structure: what is removed.
-        changes: entries of config.json that already have other values.
 
     Raises:
         InputError: the model has nothing of the kind, or too little of it would remain.
     """
     found: list[Removal] = []
-    for kind, share in structure.shares.items():
-        config = load_config(assets, changes)
-
-        def built(
-            entries: Mapping[str, Any],
-            before: Architecture = architecture,
-            earlier: Mapping[str, Any] = changes,
-        ) -> Architecture:
-            return _built(before, assets, {**earlier, **entries})
-
-        entries, groups = _OF_KIND[kind](architecture, config, share, structure, built)
-        smaller = built(entries)
-        if kind != "experts" and not _shrinks(architecture, smaller):
-            raise InputError(
-                f"models of this family cannot have fewer {kind}",
-                options={f"drop_{kind}": Change.OMIT},
-            )
-        changes = {**changes, **entries}
-        found.append(Removal(kind, architecture, smaller, changes, groups))
-        architecture = smaller
+    changes: Mapping[str, Any] = {}
+    for kind in structure.removed:
+        found.append(removal_of(architecture, assets, kind, structure, changes))
+        architecture, changes = found[-1].after, found[-1].changes
     return found
+
+
+def removal_of(
+    architecture: Architecture,
+    assets: Path,
+    kind: str,
+    structure: Structure,
+    changes: Mapping[str, Any],
+) -> Removal:
+    """Returns the removal of one kind of parts.
+
+    Args:
+        architecture: of the model before it.
+        assets: the folder of the dense model's config.json.
+        kind: the kind of parts.
+        structure: what is removed.
+        changes: entries of config.json that already have other values.
+
+    Raises:
+        InputError: see `removals`.
+    """
+    config = load_config(assets, changes)
+
+    def built(entries: Mapping[str, Any]) -> Architecture:
+        return _built(architecture, assets, {**changes, **entries})
+
+    entries, groups = _OF_KIND[kind](architecture, config, structure, built)
+    smaller = built(entries)
+    if kind == "layers":
+        kinds = _kinds(architecture)
+        kept = kept_layers(structure, architecture)
+        shrinks = _kinds(smaller) == [kinds[index] for index in kept]
+    else:
+        shrinks = kind == "experts" or _shrinks(architecture, smaller)
+    if not shrinks:
+        raise InputError(
+            f"models of this family cannot have fewer {kind}",
+            options={f"drop_{kind}": Change.OMIT},
+        )
+    return Removal(kind, architecture, smaller, {**changes, **entries}, groups)
 
 
 def smaller_architecture(
@@ -77,6 +104,14 @@ def smaller_architecture(
     """Returns the architecture after all removals; arguments and errors as for `removals`."""
     made = removals(architecture, assets, structure)
     return made[-1].after if made else architecture
+
+
+def kept_layers(structure: Structure, architecture: Architecture) -> list[int]:
+    """Returns the indices of the layers that stay: without those that a structure names, else
+    without the last ones."""
+    count = len(architecture.layers)
+    dropped = structure.named_layers or range(count - structure.layer_count, count)
+    return [index for index in range(count) if index not in dropped]
 
 
 def _built(architecture: Architecture, assets: Path, changes: Mapping[str, Any]) -> Architecture:
@@ -89,13 +124,43 @@ def _built(architecture: Architecture, assets: Path, changes: Mapping[str, Any])
     return built
 
 
+def _layers(
+    architecture: Architecture, hf: Any, structure: Structure, built: Built
+) -> tuple[Entries, Groups]:
+    count, most = len(architecture.layers), max(structure.named_layers, default=0)
+    if most >= count:
+        raise InputError(
+            f"there is no layers.{most}: the model's last layer is layers.{count - 1}",
+            options={"drop_layers": Change.OTHER},
+        )
+    if structure.layer_count >= count:
+        raise InputError(
+            f"the model has {count} layers, and at least one must stay",
+            options={"drop_layers": Change.LOWER},
+        )
+    kept = kept_layers(structure, architecture)
+    changes: Entries = {"num_hidden_layers": len(kept)}
+    for name in LAYER_LISTS:
+        if values := getattr(hf, name, None):
+            changes[name] = [values[index] for index in kept]
+    for name in FIRST_LAYERS:
+        if (first := getattr(hf, name, None)) is not None:
+            changes[name] = sum(index < first for index in kept)
+    if step := getattr(hf, "decoder_sparse_step", None):
+        dense = {i for i in range(count) if i in hf.mlp_only_layers or (i + 1) % step}
+        places = [place for place, index in enumerate(kept) if index in dense]
+        changes |= {"decoder_sparse_step": 1, "mlp_only_layers": places}
+    changes |= {name: 0 for name in PREDICTORS if hasattr(hf, name)}
+    return changes, None
+
+
 def _experts(
-    architecture: Architecture, hf: Any, share: float, structure: Structure, built: Built
-) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    architecture: Architecture, hf: Any, structure: Structure, built: Built
+) -> tuple[Entries, Groups]:
     routing = architecture.config.routing
     if routing is None or not any(layer.experts for layer in architecture.layers):
         raise InputError("the model has no experts to drop", options={"drop_experts": Change.OMIT})
-    keep = routing.experts - round(share * routing.experts)
+    keep = routing.experts - round(structure.drop_experts * routing.experts)
     if keep < routing.per_token:
         raise InputError(
             f"{keep} of {routing.experts} experts would remain, but each token needs "
@@ -107,12 +172,12 @@ def _experts(
 
 
 def _heads(
-    architecture: Architecture, hf: Any, share: float, structure: Structure, built: Built
-) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    architecture: Architecture, hf: Any, structure: Structure, built: Built
+) -> tuple[Entries, Groups]:
     heads = getattr(hf, HEADS)
     kv_heads = getattr(hf, KV_HEADS, None) or heads
     count = kv_heads if kv_heads > 1 else heads
-    keep = min(count - 1, max(1, round((1 - share) * count)))
+    keep = min(count - 1, max(1, round((1 - structure.drop_heads) * count)))
 
     def changes(keep: int) -> dict[str, Any]:
         found = {HEADS: keep * (heads // count), HEAD_SIZE: architecture.config.head_dim}
@@ -136,8 +201,8 @@ def _heads(
 
 
 def _channels(
-    architecture: Architecture, hf: Any, share: float, structure: Structure, built: Built
-) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    architecture: Architecture, hf: Any, structure: Structure, built: Built
+) -> tuple[Entries, Groups]:
     multiple = structure.channel_multiple
     changes = {}
     for name in CHANNELS:
@@ -150,12 +215,18 @@ def _channels(
                 f"{name} is {count}: no smaller multiple of {multiple} is left",
                 options={"channel_multiple": Change.LOWER},
             )
-        nearest = round((1 - share) * count / multiple) * multiple
+        nearest = round((1 - structure.drop_channels) * count / multiple) * multiple
         changes[name] = min(most, max(multiple, nearest))
     return changes, None
 
 
-_OF_KIND = {"experts": _experts, "heads": _heads, "channels": _channels}
+_OF_KIND = {"layers": _layers, "experts": _experts, "heads": _heads, "channels": _channels}
+
+
+def _kinds(architecture: Architecture) -> list[Any]:
+    """Returns what tells apart the kinds of layers: rotation, window, and shapes."""
+    every = zip(architecture.config.kinds, architecture.layers, strict=True)
+    return [(kind, dict(layer.stored)) for kind, layer in every]
 
 
 def _shrinks(architecture: Architecture, smaller: Architecture) -> bool:

@@ -50,6 +50,8 @@ RECIPES = [
     "--method wanda --rule *.q_proj=0.75",
     "--preset fast --quantize q5_0",
     "--preset fast --tune-chunks 2 --drop-experts 0.25 --route-all",
+    "--drop-layers 2",
+    "--drop-layers layers.4,layers.7 --sparsity 0.5",
     "--drop-heads 0.25 --drop-channels 0.2 --channel-multiple 64",
     "--weigh-outputs --sensitivity-windows 3",
 ]

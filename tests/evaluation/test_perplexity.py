@@ -81,7 +81,7 @@ def test_a_model_agrees_with_itself(checkpoint: Path) -> None:
     assert (same.ratio, same.kl, same.top1) == (1.0, 0.0, 1.0)
 
 
-def test_models_of_another_depth_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    other = tiny.save(tmp_path / "other", tiny.config(num_hidden_layers=2))
+def test_models_of_another_vocabulary_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    other = tiny.save(tmp_path / "other", tiny.config(vocab_size=301))
     with pytest.raises(InputError, match="cannot be compared: give the dense checkpoint"):
         text_quality([load(checkpoint), load(other)], np.zeros((1, 8), np.int32))

@@ -30,7 +30,7 @@ from jaxprune.solve.rules import by_rules
 from jaxprune.sparsity.patterns import NM, Unstructured
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.structure.experts import kept_experts
-from jaxprune.structure.removal import removals_of
+from jaxprune.structure.removal import removal_from
 from tests.helpers import cgroups, families
 from tests.helpers.command import failing
 from tests.helpers.optional import needs_torch, torch
@@ -217,7 +217,7 @@ def test_a_run_drops_experts_and_prunes_the_rest(
     assert verify(["out", "--against", "dense"]) == 0
     record = json.loads((here / "out/jaxprune.json").read_text())
     kept = kept_experts(load("dense"), WINDOWS, 0.34)
-    assert {int(index): experts for index, experts in record["kept_experts"].items()} == kept
+    assert {int(index): experts for index, experts in record["removed"]["experts"].items()} == kept
     assert all(len(experts) == 4 for experts in kept.values()) and sorted(kept) == [0, 2]
     loaded, info = AutoModelForCausalLM.from_pretrained(
         "out", output_loading_info=True, experts_implementation="eager"
@@ -354,4 +354,4 @@ def test_bad_options_are_refused_before_any_work(
 def test_models_without_experts_refuse_what_is_for_experts(tmp_path: Path) -> None:
     families.save(tmp_path, families.config("llama", "plain"))
     with pytest.raises(InputError, match="no experts"):
-        removals_of(load(tmp_path), Structure(drop_experts=0.5))
+        removal_from(load(tmp_path), "experts", Structure(drop_experts=0.5))

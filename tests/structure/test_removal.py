@@ -23,7 +23,7 @@ from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.sparsity.patterns import NO_ZEROS
 from jaxprune.structure import removal as removing
 from jaxprune.structure.input_groups import remove_inputs
-from jaxprune.structure.removal import removals_of, remove_units
+from jaxprune.structure.removal import removal_from, remove_units
 from tests.helpers import families
 from tests.helpers.command import failing
 from tests.helpers.optional import needs_torch, torch
@@ -112,7 +112,7 @@ def test_readers_are_optimal_on_the_inputs_of_the_smaller_model(here: Path) -> N
     """In order through the layers, by hand: the Gram matrix of what the smaller layers before give
     decides which channels of a layer stay, and what reads them."""
     model = load("dense")
-    (removal,) = removals_of(model, STRUCTURES["channels"])
+    removal = removal_from(model, "channels", STRUCTURES["channels"])
     smaller, units = remove_units(model, WINDOWS, removal)
     states = CalibrationStates(model, WINDOWS, with_dense=False)
     for index in range(model.num_layers):
@@ -257,7 +257,7 @@ def test_a_damaged_record_is_refused_in_one_line(
 ) -> None:
     assert main([*LINE, "--drop-heads", "0.5", "--out", "small"]) == 0
     record = json.loads(Path("small/jaxprune.json").read_text())
-    damage(record["removed_units"])
+    damage(record["removed"]["units"])
     Path("small/jaxprune.json").write_text(json.dumps(record))
     capsys.readouterr()
     assert verify(["small", "--against", "dense"]) == 2
