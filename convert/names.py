@@ -7,7 +7,7 @@ paths, below `beside`.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 PREFIXES: Mapping[str, str] = {"gpt_neox": "gpt_neox.", "opt": "model.decoder."}
@@ -119,6 +119,14 @@ def naming_in(config: Mapping[str, Any], paths: Iterable[str]) -> Naming:
     """Returns how the tensors of these paths are called; see `naming_of`."""
     beside = [path.removeprefix(f"{BESIDE}.") for path in paths if path.startswith(f"{BESIDE}.")]
     return naming_of(config, beside)
+
+
+def predictors_in(config: Mapping[str, Any], paths: Collection[str]) -> list[str]:
+    """Returns the modules for multi-token prediction among these paths, such as `mtp`."""
+    prefixes = naming_in(config, paths).beside
+    names = [path.removeprefix(f"{BESIDE}.") for path in paths if path.startswith(f"{BESIDE}.")]
+    found = {prefix for prefix in prefixes for name in names if name.startswith(prefix)}
+    return sorted(prefix.removesuffix(".") for prefix in found)
 
 
 def split_expert(path: str) -> tuple[str, int, str] | None:

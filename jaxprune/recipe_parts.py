@@ -247,6 +247,11 @@ class Structure:
             kind: f"{percent(share)} % of {kind}" for kind, share in self.shares.items() if share
         }
 
+    @property
+    def resizes(self) -> bool:
+        """Whether layers are removed, or become smaller in a part that is no expert."""
+        return bool({*self.removed} - {"experts"})
+
     def naming_layers(self, indices: Iterable[int]) -> "Structure":
         """Returns the same with the layers that are removed named."""
         names = ",".join(f"layers.{index}" for index in indices)

@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import math
+import operator
 import re
 import sys
 import types
@@ -223,12 +224,12 @@ def _parameter(
     kind = typing.get_type_hints(section.options)[field.name]
     text = field_docs(section.options)[field.name]
     default = section.defaults.get(flag, field.default)
-    kinds = [one for one in typing.get_args(kind) or [kind] if one is not type(None)]
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind = kinds[0]
+        kinds = [one for one in typing.get_args(kind) if one is not type(None)]
+        kind = functools.reduce(operator.or_, kinds)
     if default not in (dataclasses.MISSING, (), None) and default is not False:
         text += f" (default: {default})"
-    converter = whole_or_text if kinds == [int, str] else CONVERTERS.get(kind)
+    converter = CONVERTERS.get(kind)
     spelt = flag.replace("_", "-")
     note = Parameter(
         name=f"--{spelt}",
@@ -237,7 +238,7 @@ def _parameter(
         negative=f"--no-{spelt}" if default is True else "",
         show_default=False,
         converter=_convert(converter) if converter else None,
-        allow_leading_hyphen=kind in (int, float),
+        allow_leading_hyphen=kind in (int, float, int | str),
     )
     required = default is dataclasses.MISSING
     return inspect.Parameter(
@@ -312,7 +313,12 @@ def whole_or_text(text: str) -> int | str:
     return whole(text) if re.fullmatch("[-+]?[0-9]+", text) else named(text)
 
 
-CONVERTERS: Mapping[Any, Callable[[str], Any]] = {int: whole, float: real, str: named}
+CONVERTERS: Mapping[Any, Callable[[str], Any]] = {
+    int: whole,
+    float: real,
+    str: named,
+    int | str: whole_or_text,
+}
 """Type of an option -> how its text is read."""
 
 

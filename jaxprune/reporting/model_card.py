@@ -36,6 +36,9 @@ def summary(run: Run) -> list[tuple[str, str]]:
         )
     if run.removed.layers:
         rows.append(("layers removed", ", ".join(map(str, sorted(run.removed.layers)))))
+    if run.removed.predictors:
+        names = ", ".join(run.removed.predictors)
+        rows.append(("modules for multi-token prediction removed", names))
     if run.removed.experts:
         rows.append(("experts kept", f"{len(next(iter(run.removed.experts.values())))} a layer"))
     if run.few_tokens:

@@ -35,6 +35,7 @@ from jaxprune.streaming.sweep import Results, sweep, timed
 from jaxprune.structure.experts import kept_experts
 from jaxprune.structure.input_groups import remove_inputs
 from jaxprune.structure.layers import dropped_layers, without_layers
+from jaxprune.structure.predictors import without_predictors
 from jaxprune.structure.shapes import Units, cut, units_of
 from jaxprune.structure.sizes import removal_of
 
@@ -74,6 +75,7 @@ class Removed:
     """What a run removed, for the record.
 
     Attributes:
+        predictors: the modules for multi-token prediction that were removed, such as `mtp`.
         layers: the indices of the layers that were removed, in the order in which they were chosen.
         divergences: the KL divergence from the dense model after each of them; empty if they were
             named.
@@ -82,6 +84,7 @@ class Removed:
         units: heads or channels -> which of them were removed.
     """
 
+    predictors: list[str] = dataclasses.field(default_factory=list)
     layers: list[Count] = dataclasses.field(default_factory=list)
     divergences: list[FiniteOrNull] = dataclasses.field(default_factory=list)
     experts: dict[str, list[Count]] = dataclasses.field(default_factory=dict)
@@ -184,6 +187,9 @@ def remove(
         InputError: see `sizes.removals`.
     """
     removed = Removed()
+    if structure.resizes:
+        model, predictors = without_predictors(model)
+        removed = Removed(predictors)
     for kind in structure.removed:
         with context.timed(kind):
             if kind == "layers":
@@ -258,6 +264,8 @@ def without(
     Raises:
         DamagedError: the record does not say what was removed.
     """
+    if structure.resizes:
+        model, _ = without_predictors(model)
     for kind in structure.removed:
         if kind == "layers":
             named = {*removed.layers} <= {*range(model.num_layers)}

@@ -28,8 +28,6 @@ LAYER_LISTS = "layer_types", "no_rope_layers"
 """Entries that hold a value for each layer."""
 FIRST_LAYERS = ("first_k_dense_replace",)
 """Entries that hold how many of the first layers are of another kind."""
-PREDICTORS = ("num_nextn_predict_layers",)
-"""Entries that hold the number of modules for multi-token prediction, which a removal drops."""
 Entries = dict[str, Any]
 Groups = tuple[int, int] | None
 Built = Callable[[Mapping[str, Any]], Architecture]
@@ -150,7 +148,6 @@ def _layers(
         dense = {i for i in range(count) if i in hf.mlp_only_layers or (i + 1) % step}
         places = [place for place, index in enumerate(kept) if index in dense]
         changes |= {"decoder_sparse_step": 1, "mlp_only_layers": places}
-    changes |= {name: 0 for name in PREDICTORS if hasattr(hf, name)}
     return changes, None
 
 

@@ -52,7 +52,7 @@ RECIPES = [
     "--preset fast --tune-chunks 2 --drop-experts 0.25 --route-all",
     "--drop-layers 2",
     "--drop-layers layers.4,layers.7 --sparsity 0.5",
-    "--drop-heads 0.25 --drop-channels 0.2 --channel-multiple 64",
+    "--drop-heads 0.25 --drop-channels 0.2 --channel-multiple 32",
     "--weigh-outputs --sensitivity-windows 3",
 ]
 
