@@ -73,6 +73,7 @@ def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
     if run.scratch:
         console.print(f"scratch, GiB, at most: {need.states / GIB:.2f}")
     _say_uncounted(config)
+    _say_patterns(run)
     if times:
         console.print(
             f"time: from the matrix rate of {describe_hardware()}, measured now; {longest(times)}"
@@ -145,6 +146,24 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
 def _say_uncounted(config: Config) -> None:
     if uncounted := [name for name in config.measures if name != "ppl"]:
         console.print(f"not counted: --eval {','.join(uncounted)}")
+
+
+def _say_patterns(run: RunSizes) -> None:
+    """Says whether removed layers break a pattern that llama.cpp derives from layers' numbers."""
+    for removal in run.removals:
+        before, after = removal.before.config.kinds, removal.after.config.kinds
+        if run.recipe.structure.chooses_layers:
+            if before.count(before[0]) < len(before):
+                console.print(
+                    "kinds of layers alternate: name layers of whole periods in --drop-layers if "
+                    "you want a GGUF file of the result"
+                )
+            return
+        if after != before[: len(after)]:
+            console.print(
+                "no GGUF file can be made of the result: llama.cpp derives the kind of a layer "
+                "from its number, and the layers that stay break this pattern"
+            )
 
 
 def sizes_of(

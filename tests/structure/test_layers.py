@@ -13,6 +13,7 @@ import pytest
 
 from convert import open_checkpoint
 from jaxprune import Magnitude, Recipe, load, prune
+from jaxprune.commands.convert import main as convert
 from jaxprune.commands.plan import main as plan
 from jaxprune.commands.prune import main
 from jaxprune.commands.verify import main as verify
@@ -240,3 +241,32 @@ def test_a_plan_counts_the_choice_but_not_the_removal_of_named_layers(
     assert "layers" not in {
         line.split()[0] for line in capsys.readouterr().out.splitlines() if line.split()
     }
+
+
+@pytest.mark.parametrize(
+    ("dropped", "told"),
+    [
+        ("2", "name layers of whole periods"),
+        ("layers.1", "no GGUF file can be made"),
+        ("layers.4,layers.5,layers.6,layers.7", None),
+        ("layers.2,layers.3,layers.4,layers.5", None),
+    ],
+)
+def test_a_plan_tells_where_a_gguf_file_cannot_be_made(
+    dropped: str,
+    told: str | None,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = families.config(
+        "smollm3", "plain", num_hidden_layers=8, no_rope_layers=[1, 1, 1, 0] * 2
+    )
+    families.save(Path("alternating"), config)
+    line = ["--ckpt", "alternating", *LINE[2:], "--drop-layers", dropped, "--out", "out"]
+    assert plan(line) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert told in printed if told else "GGUF" not in printed
+    if dropped != "2":
+        assert main(line) == 0
+        assert convert(["out", "out.gguf", "--type", "f32"]) == (2 if told else 0)
+        assert ("no_rope_layers" in capsys.readouterr().err) == bool(told)
