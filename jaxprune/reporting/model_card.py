@@ -94,13 +94,20 @@ def model_card(run: Run) -> str:
             f"so that {to} writes them as they are.\n"
         )
     rounded = f", rounded to {run.save_dtype}" if run.save_dtype else ""
-    tags, heading = ["pruned", "sparse", "jaxprune"], f"pruned to {run.pattern_text}"
-    did = (
-        'pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update\n'
-        'for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense '
-        "tensors with exact zeros."
-    )
-    if run.patterns_of_all == {None}:
+    removed = " and ".join(run.recipe.structure.removed.values())
+    if run.recipe.prunes:
+        tags, heading = ["pruned", "sparse", "jaxprune"], f"pruned to {run.pattern_text}"
+        heading += f", without {removed}" * bool(removed)
+        first = f" It removed {removed} first." * bool(removed)
+        did = (
+            'pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight '
+            'Update\nfor Pruned Large Language Models" (arXiv 2401.02938). The weights are '
+            f"ordinary dense tensors with exact zeros.{first}"
+        )
+    elif removed:
+        tags, heading = ["pruned", "jaxprune"], f"without {removed}"
+        did = f"made smaller by jaxprune, which removed {removed}. Its linear layers are dense."
+    else:
         tags, heading = ["jaxprune"], "linear layers left dense"
         did = "written by jaxprune, which left its linear layers dense."
     base = f"base_model: {repository}\n" if (repository := repository_of(ckpt)) else ""

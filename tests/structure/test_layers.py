@@ -117,7 +117,9 @@ def test_named_layers_are_removed_and_the_others_stay_as_they_are(here: Path) ->
                 np.testing.assert_array_equal(small.read([path])[path], array)
     record = json.loads(Path("small/jaxprune.json").read_text())
     assert record["removed"]["layers"] == [1, 4] and record["removed"]["divergences"] == []
-    assert "1, 4" in Path("small/README.md").read_text()
+    card = Path("small/README.md").read_text()
+    assert "# dense, without 2 layers" in card and "1, 4" in card
+    assert "sparse" not in card and "zeros" not in card
 
 
 def test_all_removals_and_zeros_work_together(here: Path) -> None:
@@ -130,6 +132,7 @@ def test_all_removals_and_zeros_work_together(here: Path) -> None:
     paths = [f"layers.{index}.mlp.up_proj.kernel" for index in range(4)]
     small = open_checkpoint("small").read(paths)
     zeros = [float((small[path] == 0).mean()) for path in paths]
+    assert "without 2 layers and 50 % of heads and 34 % of" in Path("small/README.md").read_text()
     assert zeros == [0, *[pytest.approx(0.5, abs=0.01)] * 3]
     assert verify(["small", "--against", "dense"]) == 0
     assert main([*LINE, "--config", "small/jaxprune.json", "--out", "again"]) == 0
