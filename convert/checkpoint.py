@@ -107,6 +107,32 @@ class DerivedReader:
         return self._reader.files
 
 
+class RenamedReader(DerivedReader):
+    """Reads some params of another reader's checkpoint, under other paths.
+
+    Args:
+        reader: reads the checkpoint.
+        paths: path of a param here -> its path there. Params that it does not name are left out.
+        changes: entries of config.json that have other values for what this one reads.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        paths: Mapping[str, str],
+        changes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        spec = {path: reader.spec[theirs] for path, theirs in paths.items()}
+        super().__init__(reader, spec, changes)
+        self._paths = paths
+
+    def read(self, paths: Iterable[str]) -> Params:
+        """Returns the named parameters, in memory; errors as the reader's."""
+        wanted = {path: self._paths[path] for path in paths}
+        whole = self._reader.read(wanted.values())
+        return {path: whole[theirs] for path, theirs in wanted.items()}
+
+
 def rounding(reader: Reader) -> Rounding | None:
     """Returns what a reader's format makes of an array, by the param's path; None: it holds every
     array as it is."""

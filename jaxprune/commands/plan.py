@@ -150,20 +150,21 @@ def _say_uncounted(config: Config) -> None:
 
 def _say_patterns(run: RunSizes) -> None:
     """Says whether removed layers break a pattern that llama.cpp derives from layers' numbers."""
-    for removal in run.removals:
-        before, after = removal.before.config.kinds, removal.after.config.kinds
-        if run.recipe.structure.chooses_layers:
-            if before.count(before[0]) < len(before):
-                console.print(
-                    "kinds of layers alternate: name layers of whole periods in --drop-layers if "
-                    "you want a GGUF file of the result"
-                )
-            return
-        if after != before[: len(after)]:
-            console.print(
-                "no GGUF file can be made of the result: llama.cpp derives the kind of a layer "
-                "from its number, and the layers that stay break this pattern"
-            )
+    structure = run.recipe.structure
+    if not structure.layer_count:
+        return
+    removal = run.removal_of("layers")
+    before, after = removal.before.config.kinds, removal.after.config.kinds
+    if structure.chooses_layers and before.count(before[0]) < len(before):
+        console.print(
+            "kinds of layers alternate: name layers of whole periods in --drop-layers if "
+            "you want a GGUF file of the result"
+        )
+    if structure.named_layers and after != before[: len(after)]:
+        console.print(
+            "no GGUF file can be made of the result: llama.cpp derives the kind of a layer "
+            "from its number, and the layers that stay break this pattern"
+        )
 
 
 def sizes_of(

@@ -102,6 +102,10 @@ class RunSizes:
         tokens = calibration_tokens(architecture, shapes.tokens)
         return dataclasses.replace(shapes, architecture=architecture, tokens=tokens)
 
+    def removal_of(self, kind: str) -> Removal:
+        """Returns the removal of one kind of parts, which is among them."""
+        return next(removal for removal in self.removals if removal.kind == kind)
+
     def shapes_of(self, architecture: Architecture) -> Shapes:
         """Returns the shapes of the programs of another architecture, stored as the result."""
         return self._shapes(architecture, self.saved)

@@ -190,12 +190,25 @@ def programs(
     for layer, count in (Counter(shapes.layers) + Counter((dense or shapes).layers)).items():
         resident = size_of(shapes.layer_params(layer))
         yield shapes.forward("evaluate", layer, x, count * windows, resident=resident)
-    tokens, head = windows * (length - 1), shapes.architecture.head
-    chunk = rows_at_a_time(tokens, models=2, devices=shapes.devices.count)
+    yield comparison("evaluate", shapes, windows * (length - 1))
+
+
+def comparison(phase: str, shapes: Shapes, tokens: int, models: int = 2, times: int = 1) -> Program:
+    """Returns the program that compares predictions.
+
+    Args:
+        phase: the phase that it belongs to.
+        shapes: the shapes of the models.
+        tokens: the number of predictions of each model.
+        models: the number of models that are compared, the first one included.
+        times: how often all predictions are compared.
+    """
+    head = shapes.architecture.head
+    chunk = rows_at_a_time(tokens, models, shapes.devices.count)
     params, states = shapes.params(head.spec, shapes.stored), shapes.rows(chunk)
-    arguments = (params, params), (states, states), Shape((chunk,), jnp.int32)
-    function = partial(divergence, (head, head))
-    yield Program("evaluate", "divergence", function, arguments, tokens / chunk)
+    arguments = (params,) * models, (states,) * models, Shape((chunk,), jnp.int32)
+    function = partial(divergence, (head,) * models)
+    return Program(phase, "divergence", function, arguments, times * tokens / chunk)
 
 
 def short_name(text: str) -> str:

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from convert import Params, Reader
-from convert.checkpoint import DerivedReader, part_of
+from convert.checkpoint import RenamedReader, part_of
 from convert.names import split_expert
 
 
-class KeptExperts(DerivedReader):
+class KeptExperts(RenamedReader):
     """Reads a checkpoint's params but for those of some experts; the others are renumbered, and
     routers with them.
 
@@ -29,28 +29,25 @@ class KeptExperts(DerivedReader):
         routers: Mapping[int, Collection[str]],
         changes: Mapping[str, Any],
     ) -> None:
-        super().__init__(reader, {}, changes)
         self._kept = {f"layers.{index}": experts for index, experts in kept.items()}
         self._routers = {
             f"layers.{index}.{path}" for index, paths in routers.items() for path in paths
         }
-        self._paths: dict[str, str] = {}
-        for path, tensor in reader.spec.items():
-            new = self._renamed(path)
-            if new is None:
-                continue
+        renamed = {path: self._renamed(path) for path in reader.spec}
+        super().__init__(reader, {new: path for path, new in renamed.items() if new}, changes)
+        for path, tensor in self.spec.items():
             experts = self._experts_of(path)
-            shape = tensor.shape if experts is None else (*tensor.shape[:-1], len(experts))
-            self._paths[new], self.spec[new] = path, jax.ShapeDtypeStruct(shape, tensor.dtype)
+            if experts is not None:
+                shape = *tensor.shape[:-1], len(experts)
+                self.spec[path] = jax.ShapeDtypeStruct(shape, tensor.dtype)
 
     def read(self, paths: Iterable[str]) -> Params:
         """Returns the named parameters, in memory; errors as the reader's."""
-        wanted = {path: self._paths[path] for path in paths}
-        whole = self._reader.read(wanted.values())
-        found: Params = {}
-        for path, old in wanted.items():
-            experts = self._experts_of(old)
-            found[path] = whole[old] if experts is None else np.take(whole[old], experts, axis=-1)
+        found = super().read(paths)
+        for path, array in found.items():
+            experts = self._experts_of(path)
+            if experts is not None:
+                found[path] = np.take(array, experts, axis=-1)
         return found
 
     def _renamed(self, path: str) -> str | None:

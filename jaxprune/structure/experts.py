@@ -102,10 +102,10 @@ def norms(
 
 def costs(run: RunSizes) -> PhaseCosts:
     """Returns what measuring experts costs."""
-    removal = next(one for one in run.removals if one.kind == "experts")
-    layers, states = len(removal.before.layers), run.states_bytes(run.windows)
+    before = run.removal_of("experts").before
+    layers, states = len(before.layers), run.states_bytes(run.windows)
     moved = run.devices.count * run.dense_bytes + 2 * layers * states
-    every = programs(run.shapes_of(removal.before), run.windows, run.length)
+    every = programs(run.shapes_of(before), run.windows, run.length)
     return PhaseCosts(every, states, {"experts": moved})
 
 

@@ -9,28 +9,24 @@ References:
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax import ShapeDtypeStruct as Shape
 from jaxtyping import Float, Int
 
-from convert import Params, Reader
-from convert.checkpoint import DerivedReader, part_of
+from convert import Params
+from convert.checkpoint import RenamedReader, part_of
 from jaxprune.costs.program import PhaseCosts, Program
-from jaxprune.costs.run_sizes import Removal, RunSizes
+from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.evaluation import perplexity
 from jaxprune.recipe_parts import Structure
 from jaxprune.run_store.context import NO_STORE, Context
 from jaxprune.run_store.store import LAYERS
-from jaxprune.streaming.head import rows_at_a_time
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.sweep import sweep
-from jaxprune.structure.sizes import removal_of
+from jaxprune.structure.sizes import kept_layers, removal_of
 
 WINDOWS = 16
 """The number of calibration windows that divergences are measured on."""
@@ -51,35 +47,8 @@ class Dropped(NamedTuple):
     divergences: list[float]
 
 
-class KeptLayers(DerivedReader):
-    """Reads a checkpoint without some of its layers; the others are renumbered.
-
-    Args:
-        reader: reads the whole checkpoint.
-        kept: the indices of the layers that stay, in order.
-        removal: the removal.
-    """
-
-    def __init__(self, reader: Reader, kept: Sequence[int], removal: Removal) -> None:
-        self._paths: dict[str, str] = {}
-        places = {f"layers.{index}": f"layers.{place}" for place, index in enumerate(kept)}
-        for path in reader.spec:
-            part = part_of(path)
-            place = places.get(part) if part.startswith("layers.") else part
-            if place is not None:
-                self._paths[place + path.removeprefix(part)] = path
-        spec = {path: reader.spec[old] for path, old in self._paths.items()}
-        super().__init__(reader, spec, removal.changes)
-
-    def read(self, paths: Iterable[str]) -> Params:
-        """Returns the named parameters, in memory; errors as the reader's."""
-        wanted = {path: self._paths[path] for path in paths}
-        whole = self._reader.read(wanted.values())
-        return {path: whole[old] for path, old in wanted.items()}
-
-
 def without_layers(model: StreamedModel, dropped: Collection[int]) -> StreamedModel:
-    """Returns the model without some of its layers.
+    """Returns the model without some of its layers; the others are renumbered.
 
     Args:
         model: the whole model.
@@ -91,8 +60,15 @@ def without_layers(model: StreamedModel, dropped: Collection[int]) -> StreamedMo
     structure = Structure().naming_layers(sorted(dropped))
     entries = model.changed_entries
     removal = removal_of(model.architecture, model.reader.assets, "layers", structure, entries)
-    kept = [index for index in range(model.num_layers) if index not in dropped]
-    return model.derived(KeptLayers(model.reader, kept, removal))
+    kept = kept_layers(structure, model.architecture)
+    places = {f"layers.{index}": f"layers.{place}" for place, index in enumerate(kept)}
+    paths: dict[str, str] = {}
+    for path in model.reader.spec:
+        part = part_of(path)
+        place = places.get(part) if part.startswith("layers.") else part
+        if place is not None:
+            paths[place + path.removeprefix(part)] = path
+    return model.derived(RenamedReader(model.reader, paths, removal.changes))
 
 
 def dropped_layers(
@@ -180,9 +156,9 @@ def costs(run: RunSizes) -> PhaseCosts:
 
 def programs(run: RunSizes) -> Iterator[Program]:
     """Yields the programs that choose layers."""
-    removal = next(one for one in run.removals if one.kind == "layers")
-    shapes, windows = run.shapes_of(removal.before), min(WINDOWS, run.windows)
-    layers, x = removal.before.layers, shapes.batch(windows, run.length)
+    before = run.removal_of("layers").before
+    shapes, windows = run.shapes_of(before), min(WINDOWS, run.windows)
+    layers, x = before.layers, shapes.batch(windows, run.length)
     passes = Counter(layers)
     left = [len(layers) - step for step in range(run.recipe.structure.layer_count)]
     for n in left:
@@ -190,15 +166,6 @@ def programs(run: RunSizes) -> Iterator[Program]:
             passes[layer] += place + (place + 1 < n)
     for layer, number in passes.items():
         yield shapes.forward("layers", layer, x, number * windows)
-    head, tokens = shapes.architecture.head, windows * (run.length - 1)
-    params = shapes.params(head.spec, shapes.stored)
     sizes = Counter(1 + min(AT_A_TIME, n - start) for n in left for start in range(0, n, AT_A_TIME))
     for models, calls in sizes.items():
-        chunk = rows_at_a_time(tokens, models, shapes.devices.count)
-        arguments = (
-            (params,) * models,
-            (shapes.rows(chunk),) * models,
-            Shape((chunk,), jnp.int32),
-        )
-        function = partial(perplexity.divergence, (head,) * models)
-        yield Program("layers", "divergence", function, arguments, calls * tokens / chunk)
+        yield perplexity.comparison("layers", shapes, windows * (run.length - 1), models, calls)

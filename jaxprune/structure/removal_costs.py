@@ -22,7 +22,7 @@ def costs(kind: str, run: RunSizes) -> PhaseCosts:
         kind: heads or channels.
         run: the sizes of the run.
     """
-    removal = next(one for one in run.removals if one.kind == kind)
+    removal = run.removal_of(kind)
     layers, states = len(removal.before.layers), run.states_bytes(run.windows)
     weights = run.devices.count * run.stored_bytes("layers.")
     moved = 2 * weights + (3 * layers - 2) * states

@@ -26,11 +26,15 @@ from jaxprune.structure.input_groups import remove_inputs
 from jaxprune.structure.removal import removal_from, remove_units
 from tests.helpers import families
 from tests.helpers.command import failing
-from tests.helpers.optional import needs_torch, torch
+from tests.helpers.optional import needs_torch
+from tests.helpers.removals import (
+    LINE,
+    WINDOWS,
+    error_of_damaged_record,
+    require_same_in_transformers,
+)
 
 pytestmark = needs_torch
-WINDOWS = np.random.default_rng(0).integers(0, 300, (4, 40)).astype(np.int32)
-LINE = "--ckpt dense --calib ids.npy --nsamples 4 --seqlen 40 --eval none".split()
 STRUCTURES = {
     "heads": Structure(drop_heads=0.5),
     "channels": Structure(drop_channels=0.34, channel_multiple=8),
@@ -81,8 +85,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_transformers_computes_the_same_with_the_smaller_checkpoint(
     family: str, variant: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     monkeypatch.chdir(tmp_path)
     families.save(Path("dense"), families.config(family, variant))
     recipe = Recipe(Magnitude(), NO_ZEROS, structure=STRUCTURES[kind])
@@ -90,17 +92,7 @@ def test_transformers_computes_the_same_with_the_smaller_checkpoint(
     assert result and result.sparsity == 0
     sizes = result.record.parameters
     assert sizes["pruned"] < sizes["dense"]
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        "small",
-        output_loading_info=True,
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
-    assert not any(info.values())
-    with torch.no_grad():
-        expected = loaded.double()(torch.tensor(WINDOWS.astype(np.int64))).logits.numpy()
-    found = load("small").logits(WINDOWS)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    require_same_in_transformers("small")
     assert verify(["small", "--against", "dense"]) == 0
     config = json.loads(Path("small/config.json").read_text())
     size = load("dense").architecture.config.head_dim
@@ -255,13 +247,8 @@ def test_a_damaged_record_is_refused_in_one_line(
     damage: Any, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*LINE, "--drop-heads", "0.5", "--out", "small"]) == 0
-    record = json.loads(Path("small/jaxprune.json").read_text())
-    damage(record["removed"]["units"])
-    Path("small/jaxprune.json").write_text(json.dumps(record))
-    capsys.readouterr()
-    assert verify(["small", "--against", "dense"]) == 2
-    error = capsys.readouterr().err
-    assert "jaxprune.json" in error and "Traceback" not in error
+    error = error_of_damaged_record(lambda removed: damage(removed["units"]), capsys)
+    assert "jaxprune.json" in error
 
 
 @pytest.mark.parametrize(
