@@ -10,7 +10,7 @@ from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Measures
 from jaxprune.evaluation.tasks import ZERO_SHOT
 
-MEASURES = ("ppl", "samples", "zero-shot")
+MEASURES = ("ppl", "samples", "zero-shot", "speed")
 SAMPLE_TOKENS = 48
 MEASURE_OF = {
     **dict.fromkeys(("eval_text", "eval_seqlen", "eval_windows"), "ppl"),
@@ -27,6 +27,8 @@ class EvalOptions:
     eval: str | None = None
     """What to measure, separated by commas. ppl: perplexity of a text and, against a dense model,
     KL divergence and top-1 agreement. samples: continuations of prompts. zero-shot: lm-eval tasks.
+    speed: size, memory, and prompt and generated tokens a second in llama.cpp and in transformers,
+    on the CPU, where they are installed.
     none: nothing (default: ppl for a run, ppl,zero-shot for jaxprune evaluate)."""
     eval_text: str | None = None
     """Texts for ppl, separated by commas: wikitext2, c4, wikipedia, or a file as for --calib
@@ -74,6 +76,7 @@ class EvalOptions:
             device=device,
             samples=(self.sample_tokens or SAMPLE_TOKENS) if "samples" in self.measures else 0,
             prompts=self.prompts,
+            speed="speed" in self.measures,
         )
 
     def inputs(self) -> dict[str, list[Path]]:

@@ -136,6 +136,7 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
     for problem in problems:
         console.print(problem)
     _say_uncounted(config)
+    _say_patterns(run)
     console.print(
         "times are predictions at the data sheets' rates, without compilation or anything that the "
         "host does"

@@ -14,6 +14,7 @@ from jaxprune import calibration
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.perplexity import TextQuality, short_name, text_quality
 from jaxprune.evaluation.samples import Prompts, Sample, samples
+from jaxprune.evaluation.speed import Speed, measure_speed, require_engine
 from jaxprune.evaluation.tasks import Tasks, groups_of, mean_accuracy, summarize, with_error
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
@@ -35,6 +36,7 @@ class Measures:
         device: auto, cpu or gpu: where torch runs.
         samples: tokens by which prompts are continued; 0: they are not.
         prompts: the file of the prompts; None: the dozen of `samples.PROMPTS`.
+        speed: whether speed and size in other programs are measured; see `speed.measure_speed`.
     """
 
     texts: Sequence[str] = ()
@@ -47,9 +49,10 @@ class Measures:
     device: str = "auto"
     samples: int = 0
     prompts: str | Path | None = None
+    speed: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.texts or self.tasks or self.samples)
+        return bool(self.texts or self.tasks or self.samples or self.speed)
 
     @functools.cached_property
     def loaded_tasks(self) -> Tasks | None:
@@ -64,12 +67,14 @@ class Measures:
         return Prompts(self.prompts) if self.samples else None
 
     def load(self) -> None:
-        """Loads tasks and prompts: no model is needed to know that they are sound.
+        """Loads tasks and prompts, and looks for engines, before a model is opened.
 
         Raises:
             InputError: they cannot be used.
         """
         _ = self.loaded_tasks, self.loaded_prompts
+        if self.speed:
+            require_engine()
 
 
 @dataclasses.dataclass
@@ -81,14 +86,17 @@ class Quality:
         tasks: task -> metric -> value; see `tasks.summarize`.
         groups: the names in it that are groups of tasks.
         samples: prompts and what the model makes of them.
+        speed: setting -> speed and size of the checkpoint in another program.
         lm_eval: the results as lm-eval gives them, samples included; None without tasks.
-        seconds: the seconds by what was measured; texts are measured for all checkpoints at once.
+        seconds: the seconds by what was measured; texts and speed are measured for all checkpoints
+            at once.
     """
 
     texts: dict[str, TextQuality] = dataclasses.field(default_factory=dict)
     tasks: dict[str, dict[str, FiniteOrNull]] = dataclasses.field(default_factory=dict)
     groups: list[str] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
+    speed: dict[str, Speed] = dataclasses.field(default_factory=dict)
     lm_eval: Annotated[dict[str, Any] | None, Field(exclude=True)] = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -117,6 +125,8 @@ class Quality:
                     rows[f"{task}, {metric}"] = with_error(value, error)
         if mean := self.mean_accuracy:
             rows["mean acc"] = with_error(mean["acc"], mean.get("acc_stderr"))
+        for setting, speed in self.speed.items():
+            rows |= speed.summary(setting)
         return rows
 
 
@@ -179,6 +189,13 @@ class Evaluator:
                 one.
         """
         qualities = self.measure_texts(models, against)
+        if self._measures.speed:
+            seconds: dict[str, float] = {}
+            with timed(seconds, "speed"):
+                speeds = measure_speed(models, against, self._observer)
+            for name, quality in qualities.items():
+                quality.speed = speeds[name]
+                quality.seconds |= seconds
         for name, model in models.items():
             self.measure_alone(model, qualities[name])
             yield name, qualities[name]

@@ -298,20 +298,37 @@ def quality_by_size(
 ) -> Figure | None:
     """Returns a point a checkpoint by its size in 16 bits; None where all are as large, or nobody
     counted."""
-    known = [
-        (checkpoint, checkpoint.bytes_in_16_bits, value)
+
+    def megabytes(checkpoint: Checkpoint) -> float | None:
+        size = checkpoint.bytes_in_16_bits
+        return None if size is None else round(size / 1e6, 1)
+
+    return quality_by(checkpoints, title, label, value_of, "weights in 16 bits, MB", megabytes)
+
+
+def quality_by(
+    checkpoints: Sequence[Checkpoint],
+    title: str,
+    label: str,
+    value_of: ValueOf,
+    cost_label: str,
+    cost_of: ValueOf,
+) -> Figure | None:
+    """Returns a point a checkpoint by what it costs; None where all cost the same, or nobody
+    counted."""
+    points = [
+        (checkpoint, cost, _plain(value))
         for checkpoint in checkpoints
-        if (value := value_of(checkpoint)) is not None
+        if (value := value_of(checkpoint)) is not None and (cost := cost_of(checkpoint))
     ]
-    points = [(checkpoint, size / 1e6, _plain(value)) for checkpoint, size, value in known if size]
-    if len({round(size, 1) for _, size, _ in points}) < 2:
+    if len({cost for _, cost, _ in points}) < 2:
         return None
 
     def plot(axis: Axes) -> None:
-        for checkpoint, size, value in points:
-            axis.plot(size, value, label=_label(checkpoint), **(_style_of(checkpoint) | {"ls": ""}))
+        for checkpoint, cost, value in points:
+            axis.plot(cost, value, label=_label(checkpoint), **(_style_of(checkpoint) | {"ls": ""}))
         logarithmic(axis.yaxis)
-        axis.set_xlabel("weights in 16 bits, MB")
+        axis.set_xlabel(cost_label)
         axis.set_ylabel(label)
 
     return draw(title, 3.4, plot)

@@ -40,6 +40,7 @@ def page(records: Sequence[Record]) -> str:
         ),
         figures=_figures(everything, texts),
         samples=_samples(everything),
+        settings=_settings(everything),
         verdicts=list(_verdicts(everything, texts)),
         number=svg.format_number,
         megabytes=megabytes,
@@ -50,6 +51,16 @@ def page(records: Sequence[Record]) -> str:
         ],
         hardware=sorted({record.hardware for record in records if record.hardware}),
     )
+
+
+def _settings(everything: Sequence[Checkpoint]) -> list[str]:
+    """Returns the settings in which the speed of some checkpoint was measured."""
+    return list(dict.fromkeys(setting for one in everything for setting in one.quality.speed))
+
+
+def _generated(setting: str, checkpoint: Checkpoint) -> float | None:
+    speed = checkpoint.quality.speed.get(setting)
+    return speed.generated if speed else None
 
 
 @functools.cache
@@ -67,7 +78,7 @@ def _figures(
     """Returns headings and the plots below them."""
     sections: dict[str, Iterator[svg.Figure | None]] = {
         "Quality": _quality_plots(everything, texts),
-        "Sparsity against quality": _trade_off_plots(everything, texts),
+        "Quality, size and speed": _trade_off_plots(everything, texts),
         "Pruning": _pruning_plots(everything),
     }
     drawn = {heading: [one for one in found if one] for heading, found in sections.items()}
@@ -97,6 +108,15 @@ def _trade_off_plots(
         title, value_of = f"Perplexity of {text}", _value_of(text, "perplexity")
         yield by_sparsity(f"{title} by sparsity", "perplexity", value_of)
         yield plots.quality_by_size(everything, f"{title} by size", "perplexity", value_of)
+        for setting in _settings(everything):
+            yield plots.quality_by(
+                everything,
+                f"{title} by speed, {setting}",
+                "perplexity",
+                value_of,
+                "generated tokens/s",
+                partial(_generated, setting),
+            )
         title = f"KL divergence on {text} by sparsity"
         yield by_sparsity(title, "nats a token", _value_of(text, "kl"))
     title, label = "Mean accuracy by sparsity", "mean accuracy (acc)"

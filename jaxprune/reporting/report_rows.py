@@ -111,6 +111,7 @@ def checkpoints_of(records: Sequence[Record]) -> list[Checkpoint]:
                 tasks={**before.quality.tasks, **checkpoint.quality.tasks},
                 groups=sorted({*before.quality.groups, *checkpoint.quality.groups}),
                 samples=checkpoint.quality.samples or before.quality.samples,
+                speed={**before.quality.speed, **checkpoint.quality.speed},
             )
             main = before if before.run or not checkpoint.run else checkpoint
             found[checkpoint.key] = dataclasses.replace(

@@ -307,7 +307,7 @@ def bad(name: str, checkpoint: Path, text: Path, folder: Path) -> list[object]:
     [
         ("existing output", "already exists: choose another --out"),
         ("unknown checkpoint", "Did you mean llama-7b?"),
-        ("unknown measure", "--eval takes ppl, samples, zero-shot or none, not 'bleu'"),
+        ("unknown measure", "--eval takes ppl, samples, zero-shot, speed or none, not 'bleu'"),
         ("unknown text", "no text 'nowhere.jsonl'"),
         ("window too long", "longer than the model's 1024 positions"),
         ("too little text", "tokens to evaluate on, less than one window"),

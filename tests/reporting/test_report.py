@@ -243,9 +243,9 @@ def test_what_was_measured_is_in_the_page() -> None:
         "50.0000 %",
     ):
         assert text in page, text
-    assert "Time by phase" in headings(page) and "Sparsity against quality" not in headings(page)
+    assert "Time by phase" in headings(page) and "Quality, size and speed" not in headings(page)
     page = page_of(*several())
-    assert {"Sparsity against quality", "KL divergence on wikitext2 by sparsity"} <= set(
+    assert {"Quality, size and speed", "KL divergence on wikitext2 by sparsity"} <= set(
         headings(page)
     )
     assert "∞" in page
@@ -284,7 +284,7 @@ def test_measures_before_all_zeros_are_there_are_marked() -> None:
 
 def test_one_sparsity_makes_no_curve() -> None:
     records = [run_record("a/admm"), run_record("a/wanda", method="wanda")]
-    assert "Sparsity against quality" not in headings(page_of(*records))
+    assert "Quality, size and speed" not in headings(page_of(*records))
 
 
 def test_files_are_named_by_the_end_of_their_path() -> None:

@@ -256,6 +256,9 @@ def test_a_plan_tells_where_a_gguf_file_cannot_be_made(
     assert plan(line) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert told in printed if told else "GGUF" not in printed
+    plan([*line, "--target", "h100"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert told in printed if told else "GGUF" not in printed
     if dropped != "2":
         assert main(line) == 0
         assert convert(["out", "out.gguf", "--type", "f32"]) == (2 if told else 0)
