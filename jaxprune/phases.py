@@ -37,7 +37,7 @@ from jaxprune.solve.rules import (
     targets_for,
     with_rules,
 )
-from jaxprune.solve.sensitivity import Weights, measure_sensitivity, weights
+from jaxprune.solve.sensitivity import Weights, evenly_spaced, measure_sensitivity, weights
 from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.sweep import sweep
@@ -281,8 +281,7 @@ class Phases:
         if not importance.measured:
             return target, None
         with self.context.timed("sensitivity"):
-            count = importance.windows_of(len(self.tokens))
-            some = self.tokens[np.arange(count) * len(self.tokens) // count]
+            some = evenly_spaced(self.tokens, importance.windows_of(len(self.tokens)))
             found = measure_sensitivity(self.model, some, store=self.context.store)
             if importance.max_deviation:
                 assert isinstance(target, Unstructured)

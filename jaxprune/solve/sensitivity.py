@@ -18,7 +18,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,12 +59,21 @@ class Sensitivity(NamedTuple):
         outputs: linear layer -> [m], c_j = Σ_t g²_tj.
         inputs: captured activation -> [n], Σ_t x²_ti.
         given: captured activation of an expert -> [1], number of tokens routed to the expert.
+        units: captured activation -> [units], Σ_t (Σ_i x_ti ∂ℓ/∂x_ti)² with i over the inputs of a
+            unit: the squares of how much the loss would change, to first order, without the unit.
+            Only of captured activations of which units were asked for.
     """
 
     tokens: dict[str, Float[Array | np.ndarray, "w t"]]
     outputs: dict[str, Float[Array | np.ndarray, "*e m"]]
     inputs: dict[str, Float[Array | np.ndarray, "*e n"]]
     given: dict[str, Float[Array | np.ndarray, "*e 1"]]
+    units: dict[str, Float[Array | np.ndarray, "*e u"]]
+
+
+Units = tuple[tuple[str, int], ...]
+"""Captures of a layer's program of which units are measured, and how many units each has: groups of
+consecutive inputs."""
 
 
 class Weights(NamedTuple):
@@ -111,11 +120,19 @@ def weights(layer: Sensitivity, importance: Importance) -> Weights:
     )
 
 
+def evenly_spaced(tokens: Int[np.ndarray, "w t"], count: int) -> Int[np.ndarray, "some t"]:
+    """Returns some windows, evenly spaced; all of them if there are fewer."""
+    count = min(count, len(tokens))
+    return tokens[np.arange(count) * len(tokens) // count]
+
+
 def measure_sensitivity(
     model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
     *,
     store: RunStore | None = None,
+    units: Sequence[Units] | None = None,
+    name: str = SENSITIVITY,
 ) -> list[Sensitivity]:
     """Measures the sensitivities of all layers, in order.
 
@@ -123,12 +140,15 @@ def measure_sensitivity(
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         store: where sensitivities are saved and looked up; None: nothing is saved.
+        units: the units of each layer that are measured; None: none.
+        name: the name of the stage in the store.
 
     Raises:
         InputError: model and tokens do not fit together, or a gradient of the loss is not finite.
     """
+    of_layers = units or [()] * model.num_layers
     each = [
-        _reverse(model, tokens[rows], _saved(store, f"{rows.start}-{rows.stop}"))
+        _reverse(model, tokens[rows], of_layers, _saved(store, f"{name}/{rows.start}-{rows.stop}"))
         for rows in _groups(model, tokens)
     ]
     if store:
@@ -169,7 +189,10 @@ def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> Iterator[sl
 
 
 def _reverse(
-    model: StreamedModel, tokens: Int[np.ndarray, "w t"], saved: Results[Sensitivity]
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    units: Sequence[Units],
+    saved: Results[Sensitivity],
 ) -> list[Sensitivity]:
     """Returns the sensitivities of all layers for some tokens; saved ones are reused."""
     count = model.num_layers
@@ -191,7 +214,8 @@ def _reverse(
         _differentiate_loss(model, states, tokens)
     order = range(top)[::-1]
     for index, params in zip(order, model.layers(order), strict=True):
-        layer = _reverse_layer(model, index, model.put_layer(index, params), inputs.pop(), states)
+        own = model.put_layer(index, params)
+        layer = _reverse_layer(model, index, own, inputs.pop(), states, units[index])
         _require_finite(layer)
         if index not in found:
             saved.put(index, layer)
@@ -218,8 +242,8 @@ def _saved_gradient(
     return (found[0], found[1]["gradient"]) if found else (model.num_layers, None)
 
 
-def _saved(store: RunStore | None, windows: str) -> Results[Sensitivity]:
-    """Returns the saved sensitivities of some windows."""
+def _saved(store: RunStore | None, name: str) -> Results[Sensitivity]:
+    """Returns the saved sensitivities of a stage."""
     if store is None:
         return Results()
 
@@ -227,7 +251,6 @@ def _saved(store: RunStore | None, windows: str) -> Results[Sensitivity]:
         groups = grouped(saved.arrays)
         return Sensitivity(*(groups[kind] for kind in Sensitivity._fields))
 
-    name = f"{SENSITIVITY}/{windows}"
     return Stage(store, name, lambda layer: Saved(flat(**layer._asdict()), {}), load)
 
 
@@ -252,13 +275,14 @@ def _reverse_layer(
     params: Mapping[str, Array],
     inputs: HiddenStates,
     gradients: HiddenStates,
+    units: Units,
 ) -> Sensitivity:
     """Moves the gradients from one layer's output to its input."""
     layer = model.architecture.layers[index]
     batches: list[Sensitivity] = []
 
     def step(gradient: Array, rows: slice) -> Array:
-        before, sensitivity = backward(layer, params, inputs.batch(rows), gradient)
+        before, sensitivity = backward(layer, units, params, inputs.batch(rows), gradient)
         batches.append(sensitivity)
         return before
 
@@ -290,9 +314,10 @@ def loss_gradient(
     return vjp(exponential.values / exponential.total - wanted.astype(scores.dtype))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=3)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def backward(
     layer: Layer,
+    units: Units,
     params: Mapping[str, Array],
     x: Float[Array, "b t d"],
     gradient: Float[Array, "b t d"],
@@ -304,15 +329,30 @@ def backward(
         for capture, paths in layer.reads.items()
         for path in paths
     }
+    of_inputs = {
+        path: jnp.zeros(_rows(captured[capture]).shape, x.dtype)
+        for capture, _ in units
+        for path in layer.reads[capture]
+    }
     _, vjp, captures = jax.vjp(
-        lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True
+        lambda x, probes, of_inputs: layer(params, x, probes=probes, input_probes=of_inputs),
+        x,
+        probes,
+        of_inputs,
+        has_aux=True,
     )
-    before, outputs = vjp(gradient)
+    before, outputs, of_inputs = vjp(gradient)
     squares = {path: jnp.square(g.astype(jnp.float32)) for path, g in outputs.items()}
-    found = Sensitivity({}, {}, {}, {})
+    found, asked = Sensitivity({}, {}, {}, {}, {}), dict(units)
     for capture, paths in layer.reads.items():
         inputs = jnp.square(_rows(captures[capture]).astype(jnp.float32))
         energy = sum(jnp.sum(squares[path], axis=-1) for path in paths)
+        changes = None
+        if count := asked.get(capture):
+            slopes = sum(of_inputs[path].astype(jnp.float32) for path in paths)
+            changes = _rows(captures[capture]).astype(jnp.float32) * slopes
+            changes = changes.reshape(*changes.shape[:2], count, -1)
+            changes = jnp.square(jnp.sum(changes, axis=-1))
         if isinstance(captures[capture], Routed):
             found.tokens[capture] = captures[capture].sum_of_slots(energy).reshape(x.shape[:2])
             by_expert = partial(captures[capture].by_expert, experts=layer.experts[paths[0]])
@@ -323,22 +363,32 @@ def backward(
                 by_expert(jnp.sum(inputs, axis=1)),
                 by_expert(captures[capture].filled()),
             )
+            if changes is not None:
+                found.units[capture] = by_expert(jnp.sum(changes, axis=1))
         else:
             found.tokens[capture], found.inputs[capture] = energy, jnp.sum(inputs, axis=(0, 1))
             found.outputs.update({path: jnp.sum(squares[path], axis=(0, 1)) for path in paths})
+            if changes is not None:
+                found.units[capture] = jnp.sum(changes, axis=(0, 1))
     return before, found
 
 
 def costs(run: RunSizes) -> PhaseCosts:
     """Returns what measuring sensitivities costs."""
-    some, layers = run.sensitivity_windows, len(run.architecture.layers)
-    states = run.states_bytes(some)
+    some = run.sensitivity_windows
+    every = programs(run.pruned, some, run.length)
+    kept, moved = states_and_transfers(run, some)
+    return PhaseCosts(every, kept, {"sensitivity": moved}, token_bytes(run))
+
+
+def states_and_transfers(run: RunSizes, windows: int) -> tuple[int, float]:
+    """Returns the bytes of a reverse pass's hidden states on the host, and how many bytes it moves
+    to the devices and back."""
+    layers, states = len(run.architecture.layers), run.states_bytes(windows)
     inputs = (layers + 1) * states
     kept = 2 * states + (inputs if run.scratch else min(int(HOST_BYTES), inputs))
     # forward, then back: inputs and gradients up, gradients down
-    moved = 2 * run.devices.count * run.stored_bytes("layers.") + 5 * layers * states
-    every = programs(run.pruned, some, run.length)
-    return PhaseCosts(every, kept, {"sensitivity": moved}, token_bytes(run))
+    return kept, 2 * run.devices.count * run.stored_bytes("layers.") + 5 * layers * states
 
 
 def token_bytes(run: RunSizes) -> int:
@@ -347,20 +397,29 @@ def token_bytes(run: RunSizes) -> int:
     return 4 * captures * run.sensitivity_windows * run.length
 
 
-def programs(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
+def programs(
+    shapes: Shapes,
+    windows: int,
+    length: int,
+    *,
+    units: Callable[[Layer], Units] = lambda _: (),
+    phase: str = "sensitivity",
+) -> Iterator[Program]:
     """Yields the programs of the reverse pass over some windows.
 
     Args:
         shapes: the shapes of the run.
         windows: the number of windows.
         length: tokens of a window.
+        units: layer -> the units that are measured.
+        phase: the phase that the pass belongs to.
     """
     x = shapes.batch(windows, length, tokens_per_batch(shapes.tokens))
     for layer, count in shapes.layers.items():
-        forward = shapes.forward("sensitivity", layer, x, count * windows)
+        forward = shapes.forward(phase, layer, x, count * windows)
         yield forward
         arguments = forward.arguments[0], x, x
-        function = partial(backward, layer)
+        function = partial(backward, layer, units(layer))
         yield dataclasses.replace(forward, name="backward", function=function, arguments=arguments)
     head, tokens = shapes.architecture.head, windows * (length - 1)
     chunk = rows_at_a_time(x.shape[0] * (length - 1), devices=shapes.devices.count)
@@ -368,7 +427,7 @@ def programs(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
     arguments = shapes.params(head.spec), states, targets
     resident = 2 * size_of(states)
     loss = partial(loss_gradient, head)
-    yield Program("sensitivity", "loss", loss, arguments, tokens / chunk, resident)
+    yield Program(phase, "loss", loss, arguments, tokens / chunk, resident)
 
 
 def _rows(capture: Any) -> Any:

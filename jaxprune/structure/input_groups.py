@@ -4,16 +4,23 @@ With the damped Gram matrix H of the inputs, removing the group of inputs g cost
 
     tr(W_gᵀ ([H⁻¹]_gg)⁻¹ W_g)
 
-if all other weights are updated optimally (optimal brain surgeon). Groups are removed in steps. In
-each step the cheapest ones go together, W is updated, and H⁻¹ is downdated to that of the inputs
-that remain. At the end the remaining weights are solved for again from H, so errors of the steps do
-not add up: W_K = H_KK⁻¹ H_K· W₀.
+if all other weights are updated optimally (optimal brain surgeon). This is an error of the layer's
+output. How much the loss depends on the group is known from its gradients: the first-order change
+of the loss without the group, squared and summed over tokens, c_g. The same change of the output is
+tr(W₀_gᵀ H_gg W₀_g). The cost is multiplied by √(c_g / tr(W₀_gᵀ H_gg W₀_g)), the geometric mean
+between a criterion of the output and one of the loss.
+
+Groups are removed in steps. In each step the cheapest ones go together, W is updated, and H⁻¹ is
+downdated to that of the inputs that remain. At the end the remaining weights are solved for again
+from H, so errors of the steps do not add up: W_K = H_KK⁻¹ H_K· W₀.
 
 References:
     Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", NIPS
     1992.
     Ling et al., "SlimGPT: Layer-wise Structured Pruning for Large Language Models", NeurIPS 2024
     (arXiv 2412.18110).
+    Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019 (arXiv
+    1906.10771), for c_g.
 """
 
 import math
@@ -27,47 +34,60 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxprune.methods.linalg import Scaled, inverse, matmul, precondition, quadratic
 from jaxprune.sharding import fetch
 
-DAMPING = 0.01
+DAMPING = 0.2
 """Added to the diagonal of the scaled Gram matrix, as a fraction of its mean."""
 STEPS = 64
 """Number of steps in which groups are removed, at most."""
+LEAST = 1e-6
+"""The least factor of a cost, as a fraction of the mean."""
 
 
 def remove_inputs(
-    gram: Float[Array, "n n"], kernel: Float[Array, "n m"], groups: int, keep: int
+    gram: Float[Array, "n n"],
+    kernel: Float[Array, "n m"],
+    changes: Float[Array, "groups"],
+    keep: int,
 ) -> tuple[Int[np.ndarray, "k"], Float[Array, "rows m"], float]:
     """Removes groups of consecutive inputs.
 
     Args:
         gram: the Gram matrix of the inputs, float32.
         kernel: the dense kernel, float32.
-        groups: the number of groups; it divides the number of inputs.
+        changes: [groups], how much the loss changes without each group, squared and summed over
+            tokens, float32; see `Sensitivity.units`. The number of groups divides the number of
+            inputs.
         keep: how many groups stay.
 
     Returns:
         The indices of the groups that stay, sorted; the rows of their inputs, re-optimized; and the
         relative error ‖XW₀ − XW‖² / ‖XW₀‖² on the calibration tokens.
     """
-    kept = np.flatnonzero(fetch(selected(groups, keep, gram, kernel)))
-    size = len(gram) // groups
+    kept = np.flatnonzero(fetch(selected(keep, gram, kernel, changes)))
+    size = len(gram) // len(changes)
     rows = (kept[:, None] * size + np.arange(size)).reshape(-1)
     weights, error = optimum(gram, kernel, jnp.asarray(rows, jnp.int32))
     return kept, weights, float(fetch(error))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=0)
 def selected(
-    groups: int, keep: int, gram: Float[Array, "n n"], kernel: Float[Array, "n m"]
+    keep: int,
+    gram: Float[Array, "n n"],
+    kernel: Float[Array, "n m"],
+    changes: Float[Array, "groups"],
 ) -> Bool[Array, "groups"]:
     """Returns which groups stay; arguments as for `remove_inputs`."""
+    groups = len(changes)
     step = math.ceil((groups - keep) / STEPS)
     steps, last = divmod(groups - keep, step)
     scaled = _scaled(gram)
     size = len(gram) // groups
+    weights = kernel * scaled.scale[:, None]
+    factors = _factors(scaled.gram, weights, changes)
 
     def remove(count: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         inverted, weights, alive = state
-        _, chosen = jax.lax.top_k(-_costs(inverted, weights, alive), count)
+        _, chosen = jax.lax.top_k(-_costs(inverted, weights, factors, alive), count)
         rows = (chosen[:, None] * size + jnp.arange(size, dtype=chosen.dtype)[None]).reshape(-1)
         columns = inverted[:, rows]
         block = inverse(columns[rows])
@@ -80,7 +100,7 @@ def selected(
 
     state = (
         inverse(scaled.gram),
-        kernel * scaled.scale[:, None],
+        weights,
         jnp.ones((groups,), jnp.bool_),
     )
     state = jax.lax.fori_loop(0, steps, lambda _, state: remove(step, state), state)
@@ -94,8 +114,30 @@ def _scaled(gram: Float[Array, "n n"]) -> Scaled:
     return precondition(jnp.where(jnp.trace(gram) > 0, gram, equal), DAMPING)
 
 
+def _factors(
+    gram: Float[Array, "n n"], weights: Float[Array, "n m"], changes: Float[Array, "groups"]
+) -> Float[Array, "groups"]:
+    """Returns √(c_g / tr(W_gᵀ H_gg W_g)), whose mean is 1 before the square root."""
+    rows = weights.reshape(len(changes), -1, weights.shape[1])
+    outputs = jnp.sum(rows * matmul(_blocks(gram, len(changes)), rows), axis=(1, 2))
+    ratios = changes / jnp.maximum(outputs, jnp.finfo(outputs.dtype).tiny)
+    mean = jnp.mean(ratios)
+    ratios = jnp.where(mean > 0, ratios / mean, jnp.ones_like(ratios))
+    return jnp.sqrt(jnp.maximum(ratios, LEAST))
+
+
+def _blocks(matrix: Float[Array, "n n"], groups: int) -> Float[Array, "groups size size"]:
+    """Returns the blocks on the diagonal."""
+    size = len(matrix) // groups
+    places = jnp.arange(groups)
+    return matrix.reshape(groups, size, groups, size)[places, :, places, :]
+
+
 def _costs(
-    inverted: Float[Array, "n n"], weights: Float[Array, "n m"], alive: Bool[Array, "groups"]
+    inverted: Float[Array, "n n"],
+    weights: Float[Array, "n m"],
+    factors: Float[Array, "groups"],
+    alive: Bool[Array, "groups"],
 ) -> Float[Array, "groups"]:
     """Returns what the removal of each group costs; infinity for those that are gone."""
     groups = len(alive)
@@ -103,12 +145,11 @@ def _costs(
     if size == 1:
         costs = jnp.sum(weights * weights, axis=1) / jnp.diagonal(inverted)
     else:
-        blocks = inverted.reshape(groups, size, groups, size)
-        own = blocks[jnp.arange(groups), :, jnp.arange(groups), :]
+        own = _blocks(inverted, groups)
         own = jnp.where(alive[:, None, None], own, jnp.eye(size, dtype=own.dtype))
         rows = weights.reshape(groups, size, -1)
         costs = jnp.sum(rows * jnp.linalg.solve(own, rows), axis=(1, 2))
-    return jnp.where(alive, costs, jnp.inf)
+    return jnp.where(alive, factors * costs, jnp.inf)
 
 
 @jax.jit

@@ -23,6 +23,7 @@ from jaxprune.evaluation import perplexity
 from jaxprune.recipe_parts import Structure
 from jaxprune.run_store.context import NO_STORE, Context
 from jaxprune.run_store.store import LAYERS
+from jaxprune.solve.sensitivity import evenly_spaced
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.sweep import sweep
@@ -90,8 +91,7 @@ def dropped_layers(
     """
     if structure.named_layers:
         return Dropped(structure.named_layers, [])
-    count = min(WINDOWS, len(tokens))
-    windows = tokens[np.arange(count) * len(tokens) // count]
+    windows = evenly_spaced(tokens, WINDOWS)
     stay = list(range(model.num_layers))
     dense: HiddenStates | None = None
     found = Dropped([], [])

@@ -1,11 +1,12 @@
 """Removes parts of a model, layer after layer, and re-optimizes what reads them.
 
 Each layer's remaining units are chosen, and the linear layers that read them re-optimized, on the
-inputs that the layers before it produce after their own removal.
+inputs that the layers before it produce after their own removal. A reverse pass of the model before
+the removal says how much the loss depends on each unit.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 from pydantic import Base64UrlBytes
 
 from convert import Params, Reader
@@ -25,10 +26,11 @@ from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import Layer
 from jaxprune.recipe_parts import Structure
 from jaxprune.run_store.context import NO_STORE, Context
-from jaxprune.run_store.store import CHANNELS, HEADS, Saved, Stage, flat, grouped
+from jaxprune.run_store.store import CHANNELS, HEADS, SENSITIVITY, Saved, Stage, flat, grouped
 from jaxprune.sharding import fetch
 from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.layer import Inputs, Solver, layer_inputs
+from jaxprune.solve.sensitivity import evenly_spaced, measure_sensitivity
 from jaxprune.sparsity.patterns import Unstructured
 from jaxprune.streaming.model import StreamedModel, in_checkpoint, inside_layer
 from jaxprune.streaming.sweep import Results, sweep, timed
@@ -36,10 +38,12 @@ from jaxprune.structure.experts import kept_experts
 from jaxprune.structure.input_groups import remove_inputs
 from jaxprune.structure.layers import dropped_layers, without_layers
 from jaxprune.structure.predictors import without_predictors
-from jaxprune.structure.shapes import Units, cut, units_of
+from jaxprune.structure.shapes import Units, cut, measured_units, units_of
 from jaxprune.structure.sizes import removal_of
 
 STAGE_OF = {"heads": HEADS, "channels": CHANNELS}
+WINDOWS = 16
+"""The number of calibration windows that gradients are computed on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,11 +236,12 @@ def remove_units(
         The smaller model, and what was removed.
     """
     store = context.store
+    changes = _changes(model, tokens, removal, context)
     stage = Stage(store, STAGE_OF[removal.kind], _save, _load) if store else None
     saved: Any = stage or InMemory()
     smaller = model.derived(SmallerReader(model.reader, removal, saved.require))
     states = CalibrationStates(model, tokens, with_dense=False, saved=stage, moves=smaller)
-    visit = partial(_remove_from_layer, states, smaller, removal)
+    visit = partial(_remove_from_layer, states, smaller, removal, changes)
     kept, errors = {}, {}
     context.observer.started(f"removing {removal.kind}", model.num_layers)
     order = range(model.num_layers)
@@ -302,10 +307,26 @@ def _units(removal: Removal, index: int) -> dict[str, Units]:
     return units_of(removal.before.layers[index], removal.after.layers[index], removal.groups)
 
 
+def _changes(
+    model: StreamedModel, tokens: Int[np.ndarray, "w t"], removal: Removal, context: Context
+) -> list[Mapping[str, Float[np.ndarray, "_"]]]:
+    """Returns each layer's captures -> how much the loss changes without each unit; see
+    `Sensitivity.units`."""
+    order = range(model.num_layers)
+    asked = [
+        measured_units(model.architecture.layers[index], _units(removal, index)) for index in order
+    ]
+    name = f"{SENSITIVITY}/{removal.kind}"
+    windows = evenly_spaced(tokens, WINDOWS)
+    found = measure_sensitivity(model, windows, store=context.store, units=asked, name=name)
+    return [layer.units for layer in found]
+
+
 def _remove_from_layer(
     states: CalibrationStates,
     smaller: StreamedModel,
     removal: Removal,
+    changes: Sequence[Mapping[str, Float[np.ndarray, "_"]]],
     index: int,
     stored: Params,
     seconds: dict[str, float],
@@ -318,7 +339,8 @@ def _remove_from_layer(
     solver = Solver(Magnitude(), lambda _, path: Unstructured(0.0) if path in readers else None)
     for capture, inputs in layer_inputs(states, solver, index, params, seconds):
         with timed(seconds, "solve"):
-            _remove_from_input(units[capture], inputs, layer, params, found)
+            own_changes = jnp.asarray(changes[index][capture])
+            _remove_from_input(units[capture], inputs, own_changes, layer, params, found)
     del params
     if index + 1 < model.num_layers:  # the last layer's output is not needed
         with timed(seconds, "forward"):
@@ -329,12 +351,17 @@ def _remove_from_layer(
 
 
 def _remove_from_input(
-    units: Units, inputs: Inputs, layer: Layer, params: Mapping[str, Array], found: SmallerLayer
+    units: Units,
+    inputs: Inputs,
+    changes: Float[Array, "_"],
+    layer: Layer,
+    params: Mapping[str, Array],
+    found: SmallerLayer,
 ) -> None:
     """Chooses which units of an input stay, and adds them and the kernels that read them."""
     kernels = {path: layer.sources[path].of(params, ".kernel") for path in units.readers}
     together = jnp.concatenate([one.astype(jnp.float32) for one in kernels.values()], axis=1)
-    kept, weights, error = remove_inputs(inputs.gram, together, units.count, units.keep)
+    kept, weights, error = remove_inputs(inputs.gram, together, changes, units.keep)
     ends = np.cumsum([kernel.shape[1] for kernel in kernels.values()])[:-1]
     parts = np.split(fetch(weights), ends, axis=1)
     found.kept[units.capture] = kept

@@ -10,9 +10,10 @@ from jaxprune.costs.program import PhaseCosts, Program, size_of
 from jaxprune.costs.run_sizes import Removal, RunSizes
 from jaxprune.costs.shapes import Shapes
 from jaxprune.models import Layer
-from jaxprune.solve import gram_matrices, layer_costs
+from jaxprune.solve import gram_matrices, layer_costs, sensitivity
 from jaxprune.structure import input_groups
-from jaxprune.structure.shapes import Units, units_of
+from jaxprune.structure.removal import WINDOWS
+from jaxprune.structure.shapes import Units, measured_units, units_of
 
 
 def costs(kind: str, run: RunSizes) -> PhaseCosts:
@@ -25,24 +26,31 @@ def costs(kind: str, run: RunSizes) -> PhaseCosts:
     removal = run.removal_of(kind)
     layers, states = len(removal.before.layers), run.states_bytes(run.windows)
     weights = run.devices.count * run.stored_bytes("layers.")
-    moved = 2 * weights + (3 * layers - 2) * states
+    kept, moved = sensitivity.states_and_transfers(run, min(WINDOWS, run.windows))
+    moved += 2 * weights + (3 * layers - 2) * states
     return PhaseCosts(
-        programs(run, removal), states, {kind: moved}, disk={"hidden states": 2 * states}
+        programs(run, removal),
+        max(states, kept),
+        {kind: moved},
+        disk={"hidden states": 2 * states},
     )
 
 
 def programs(run: RunSizes, removal: Removal) -> Iterator[Program]:
     """Yields the programs of a removal."""
     shapes, after = (run.shapes_of(one) for one in (removal.before, removal.after))
+    smaller_of = dict(zip(removal.before.layers, removal.after.layers, strict=True))
+
+    def measured(layer: Layer) -> sensitivity.Units:
+        return measured_units(layer, units_of(layer, smaller_of[layer], removal.groups))
+
+    some = min(WINDOWS, run.windows)
+    yield from sensitivity.programs(shapes, some, run.length, units=measured, phase=removal.kind)
     x = shapes.batch(run.windows, run.length)
     last = removal.after.layers[-1]
     passed = dict(after.layers)
     passed[last] -= 1  # nothing reads the last layer's output
-    done: set[Layer] = set()
-    for layer, smaller in zip(removal.before.layers, removal.after.layers, strict=True):
-        if layer in done:
-            continue
-        done.add(layer)
+    for layer, smaller in smaller_of.items():
         count = shapes.layers[layer]
         units = units_of(layer, smaller, removal.groups)
         params = shapes.layer_params(layer)
@@ -74,9 +82,9 @@ def _of_input(
         abstract(Shape((n, m), jnp.float32), -1),
     )
     rows = Shape((units.keep * n // units.count,), jnp.int32)
-    select = partial(input_groups.selected, units.count, units.keep)
-    yield Program(
-        kind, f"select inputs of {units.readers[0]}", select, (gram, kernel), count, resident
-    )
+    changes = Shape((units.count,), jnp.float32)
+    select = partial(input_groups.selected, units.keep)
+    given = gram, kernel, changes
+    yield Program(kind, f"select inputs of {units.readers[0]}", select, given, count, resident)
     solve = input_groups.optimum
     yield Program(kind, f"solve {units.readers[0]}", solve, (gram, kernel, rows), count, resident)

@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from convert import Params
 from jaxprune.models import Layer
+from jaxprune.solve import sensitivity
 from jaxprune.sparsity.patterns import Projections
 
 
@@ -53,6 +54,13 @@ def units_of(layer: Layer, smaller: Layer, groups: tuple[int, int] | None) -> di
             count, keep = groups or (before, after)
             found[capture] = Units(capture, readers, count, keep)
     return found
+
+
+def measured_units(layer: Layer, units: Mapping[str, Units]) -> sensitivity.Units:
+    """Returns the units as the reverse pass takes them: by the captures of the layer's program, in
+    which experts are stacked."""
+    counts = {layer.sources[capture].name: one.count for capture, one in units.items()}
+    return tuple(sorted(counts.items()))
 
 
 def cut(

@@ -10,15 +10,18 @@ import jax
 import numpy as np
 import pytest
 
-from jaxprune import ADMM, Recipe, Unstructured, load, prune_model
+from jaxprune import ADMM, Magnitude, Recipe, Unstructured, load, prune_model
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.distill import adafactor, gradual_pruning, layer_vjp, student
 from jaxprune.evaluation import perplexity
 from jaxprune.phases import PHASES
-from jaxprune.recipe_parts import Importance, Tuning
+from jaxprune.recipe_parts import Importance, Structure, Tuning
 from jaxprune.solve import gram_matrices, kernel, sensitivity
+from jaxprune.sparsity.patterns import NO_ZEROS
 from jaxprune.streaming import model as streaming
-from jaxprune.structure import experts
+from jaxprune.structure import experts, input_groups
+from jaxprune.structure.removal import remove
+from jaxprune.structure.sizes import removals
 from tests.helpers import families
 from tests.helpers.shapes import windows
 
@@ -36,6 +39,8 @@ COMPILED = (
     adafactor.kept,
     gradual_pruning.pruned,
     perplexity.divergence,
+    input_groups.selected,
+    input_groups.optimum,
 )
 """The functions that a run calls, but for those of its method."""
 RECIPE = Recipe(
@@ -115,4 +120,28 @@ def test_a_run_makes_the_calls_that_its_phases_describe(
         pass
     perplexity.text_quality([model, model], tokens)
     assert {name for name, *_ in called} > {"accumulate", "pull_back", "pruned", "divergence"}
+    assert differences(wanted, called) == {}
+
+
+@pytest.mark.parametrize("kind", ["layers", "heads", "channels"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_a_removal_makes_the_calls_that_its_phases_describe(
+    family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant = next(iter(families.VARIANTS[family]))
+    configuration = families.config(family, variant, intermediate_size=64)
+    families.save(tmp_path / "dense", configuration)
+    model, tokens = load(tmp_path / "dense"), windows(4, 32)
+    amount = 1 if kind == "layers" else 0.5
+    structure = Structure(**{f"drop_{kind}": amount}, channel_multiple=8)
+    recipe = Recipe(Magnitude(), NO_ZEROS, structure=structure)
+    spec, architecture = model.reader.spec, model.architecture
+    removed = removals(architecture, model.reader.assets, structure)
+    run = RunSizes(spec, spec, architecture, removed, recipe, 4, 32, [], tmp_path)
+    wanted = foreseen(run)
+    called = recorded(monkeypatch)
+    remove(model, tokens, structure)
+    assert {name for name, *_ in called} >= (
+        {"apply_layer", "divergence"} if kind == "layers" else {"backward", "selected", "optimum"}
+    )
     assert differences(wanted, called) == {}

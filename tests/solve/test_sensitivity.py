@@ -15,15 +15,19 @@ from tests.helpers import tiny
 from tests.helpers.optional import needs_torch, torch
 from tests.helpers.shapes import INPUTS, windows
 
+UNITS = (("attention_output", 4), ("mlp_hidden", 48))
 
-def reference(tokens: np.ndarray) -> list[Sensitivity]:
+
+def reference(tokens: np.ndarray, units: tuple[tuple[str, int], ...] = ()) -> list[Sensitivity]:
     model = tiny.model(tiny.config())
-    inputs, outputs = {}, {}
+    inputs, outputs, gradients = {}, {}, {}
     for index, layer in enumerate(model.model.layers):
         for path in (path for paths in INPUTS.values() for path in paths):
 
             def hook(_: object, args: tuple, output: Any, which: tuple = (index, path)) -> None:
                 output.retain_grad()
+                args[0].retain_grad()
+                gradients[which] = args[0]
                 inputs[which], outputs[which] = args[0].detach().numpy().astype(np.float64), output
 
             layer.get_submodule(path).register_forward_hook(hook)
@@ -35,6 +39,12 @@ def reference(tokens: np.ndarray) -> list[Sensitivity]:
     squares = {
         which: output.grad.numpy().astype(np.float64) ** 2 for which, output in outputs.items()
     }
+
+    def changes(index: int, path: str, count: int) -> np.ndarray:
+        slopes = gradients[index, path].grad.numpy().astype(np.float64)
+        each = inputs[index, path] * slopes
+        return (each.reshape(*each.shape[:2], count, -1).sum(-1) ** 2).sum((0, 1))
+
     return [
         Sensitivity(
             {
@@ -47,6 +57,7 @@ def reference(tokens: np.ndarray) -> list[Sensitivity]:
                 for capture, paths in INPUTS.items()
             },
             {},
+            {capture: changes(index, INPUTS[capture][0], count) for capture, count in units},
         )
         for index in range(len(model.model.layers))
     ]
@@ -66,6 +77,19 @@ def assert_close(found: list[Sensitivity], expected: list[Sensitivity], rtol: fl
 def test_gradients_are_torchs(checkpoint: Path) -> None:
     tokens = windows(6, 40, 3)
     assert_close(measure_sensitivity(load(checkpoint), tokens), reference(tokens), 2e-3)
+
+
+@needs_torch
+def test_changes_without_units_are_torchs(checkpoint: Path, tmp_path: Path) -> None:
+    tokens, model, store = windows(6, 40, 3), load(checkpoint), RunStore(tmp_path)
+    units = [UNITS] * model.num_layers
+    expected = reference(tokens, UNITS)
+    for _ in range(2):  # the second time, all is saved
+        found = measure_sensitivity(
+            model, tokens, store=store, units=units, name="sensitivity/channels"
+        )
+        assert_close(found, expected, 2e-3)
+    store.close()
 
 
 def test_groups_of_windows_add_up(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +120,7 @@ def test_weights_are_normalised_powers() -> None:
         np.array([0.0, 2.0, 6.0], np.float32),
     )
     layer = Sensitivity(
-        {"capture": energy}, {"linear": outputs}, {"capture": np.ones(3, np.float32)}, {}
+        {"capture": energy}, {"linear": outputs}, {"capture": np.ones(3, np.float32)}, {}, {}
     )
     found = weights(layer, Importance(token_power=0.5, weigh_outputs=True))
     np.testing.assert_allclose(found.tokens["capture"], np.sqrt(energy) / 2.5, rtol=1e-6)
@@ -109,7 +133,7 @@ def test_weights_are_normalised_powers() -> None:
 
 def test_no_gradient_at_all_weighs_all_the_same() -> None:
     nothing = Sensitivity(
-        {"capture": np.zeros((2, 3), np.float32)}, {"linear": np.zeros(4, np.float32)}, {}, {}
+        {"capture": np.zeros((2, 3), np.float32)}, {"linear": np.zeros(4, np.float32)}, {}, {}, {}
     )
     found = weights(nothing, Importance(token_power=0.5, weigh_outputs=True))
     assert (found.tokens["capture"] == 1).all() and (found.outputs["linear"] == 1).all()

@@ -20,6 +20,7 @@ from jaxprune.commands.verify import main as verify
 from jaxprune.recipe_parts import Structure
 from jaxprune.solve import gram_matrices
 from jaxprune.solve.calibration_states import CalibrationStates
+from jaxprune.solve.sensitivity import measure_sensitivity
 from jaxprune.sparsity.patterns import NO_ZEROS
 from jaxprune.structure import removal as removing
 from jaxprune.structure.input_groups import remove_inputs
@@ -101,8 +102,11 @@ def test_transformers_computes_the_same_with_the_smaller_checkpoint(
 
 def test_readers_are_optimal_on_the_inputs_of_the_smaller_model(here: Path) -> None:
     """In order through the layers, by hand: the Gram matrix of what the smaller layers before give
-    decides which channels of a layer stay, and what reads them."""
+    and the gradients of the whole model decide which channels of a layer stay, and what reads
+    them."""
     model = load("dense")
+    units_asked = [(("mlp_hidden", 48),)] * model.num_layers
+    sensitivities = measure_sensitivity(model, WINDOWS, units=units_asked)
     removal = removal_from(model, "channels", STRUCTURES["channels"])
     smaller, units = remove_units(model, WINDOWS, removal)
     states = CalibrationStates(model, WINDOWS, with_dense=False)
@@ -113,7 +117,8 @@ def test_readers_are_optimal_on_the_inputs_of_the_smaller_model(here: Path) -> N
         grams, _ = gram_matrices.gram_matrices(states, index, on_device)
         (capture,) = [name for name, readers in layer.inputs.items() if "mlp.down_proj" in readers]
         kernel = jnp.asarray(layer.unstack(params)["mlp.down_proj.kernel"])
-        kept, weights, error = remove_inputs(grams.take(capture), kernel, 48, 32)
+        changes = jnp.asarray(sensitivities[index].units[capture])
+        kept, weights, error = remove_inputs(grams.take(capture), kernel, changes, 32)
         (small,) = smaller.layers([index])
         small = removal.after.layers[index].unstack(small)
         np.testing.assert_allclose(small["mlp.down_proj.kernel"], weights, rtol=1e-4, atol=1e-5)
@@ -134,7 +139,8 @@ def test_what_remains_predicts_better_than_what_the_largest_weights_leave(
         p, q = (jax.nn.log_softmax(load(one).logits(WINDOWS), axis=-1) for one in ("dense", folder))
         return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
 
-    def largest(gram: Any, kernel: Any, groups: int, keep: int) -> Any:
+    def largest(gram: Any, kernel: Any, changes: Any, keep: int) -> Any:
+        groups = len(changes)
         norms = np.linalg.norm(np.asarray(kernel).reshape(groups, -1), axis=1)
         kept = np.sort(np.argsort(-norms)[:keep])
         rows = np.asarray(kernel).reshape(groups, len(kernel) // groups, -1)[kept]

@@ -47,6 +47,7 @@ class Part:
         params: Mapping[str, jax.Array],
         *args: Any,
         probes: Mapping[str, jax.Array] | None = None,
+        input_probes: Mapping[str, jax.Array] | None = None,
     ) -> Any:
         """Calls the module with these params; to be traced under jit.
 
@@ -55,24 +56,30 @@ class Part:
             args: the arguments of the module.
             probes: path of a submodule -> array that is added to its output. The gradient of a
                 probe of zeros is the gradient of that output.
+            input_probes: the same for inputs.
         """
         module = nnx.merge(self._graph, traverse_util.unflatten_dict(params, sep="."))
-        for path, probe in (probes or {}).items():
+        before, after = input_probes or {}, probes or {}
+        for path in before.keys() | after.keys():
             parent, _, name = path.rpartition(".")
             owner = functools.reduce(getattr, parent.split(".") if parent else [], module)
-            setattr(owner, name, _Probed(getattr(owner, name), probe))
+            probed = _Probed(getattr(owner, name), before.get(path), after.get(path))
+            setattr(owner, name, probed)
         with jax.default_matmul_precision(self._precision):
             return module(*args)
 
 
 class _Probed:
-    """A module to whose output something is added."""
+    """A module to whose input or output something is added."""
 
-    def __init__(self, module: Callable[..., jax.Array], probe: jax.Array) -> None:
-        self._module, self._probe = module, probe
+    def __init__(
+        self, module: Callable[..., jax.Array], before: jax.Array | None, after: jax.Array | None
+    ) -> None:
+        self._module, self._before, self._after = module, before, after
 
-    def __call__(self, *args: Any) -> jax.Array:
-        return self._module(*args) + self._probe
+    def __call__(self, x: jax.Array, *args: Any) -> jax.Array:
+        y = self._module(x if self._before is None else x + self._before, *args)
+        return y if self._after is None else y + self._after
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
