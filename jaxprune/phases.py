@@ -312,11 +312,13 @@ class Phase(NamedTuple):
 
 
 PHASES = (
+    Phase(lambda recipe: recipe.structure.drop_parameters > 0, removal_costs.mix_costs),
     Phase(lambda recipe: recipe.structure.chooses_layers, layers.costs),
     Phase(lambda recipe: recipe.structure.drop_experts > 0, experts.costs),
     Phase(lambda recipe: recipe.structure.drop_heads > 0, partial(removal_costs.costs, "heads")),
     Phase(
-        lambda recipe: recipe.structure.drop_channels > 0, partial(removal_costs.costs, "channels")
+        lambda recipe: recipe.structure.drop_channels + recipe.structure.drop_parameters > 0,
+        partial(removal_costs.costs, "channels"),
     ),
     Phase(lambda recipe: recipe.importance.measured, sensitivity.costs),
     Phase(lambda recipe: recipe.prunes, layer_costs.pruning, Phases.pruned),

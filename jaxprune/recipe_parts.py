@@ -189,12 +189,16 @@ class Structure:
     drop_channels: float = 0.0
     """Remove this fraction of the channels of every feed-forward network. The number that stays is
     rounded to a multiple of --channel-multiple."""
+    drop_parameters: float = 0.0
+    """Remove at least this fraction of the decoder layers' parameters. The run tries several mixes
+    of layers, heads and channels, and takes the one with the smallest KL divergence from the dense
+    model."""
     channel_multiple: int = 64
     """The number of channels that stay is a multiple of this. GGUF's q4_0 and q8_0 need 32, its
     q4_k 256."""
 
     def __post_init__(self) -> None:
-        for kind, share in self.shares.items():
+        for kind, share in [*self.shares.items(), ("parameters", self.drop_parameters)]:
             if not 0 <= share < 1:
                 raise InputError(f"drop_{kind} must be at least 0 and below 1, not {share}")
         if self.channel_multiple < 1:
@@ -210,6 +214,11 @@ class Structure:
                 raise InputError(f"drop_layers names a layer twice: {self.drop_layers}")
         elif self.drop_layers < 0:
             raise InputError(f"drop_layers must not be negative, not {self.drop_layers}")
+        if self.drop_parameters and len(self.removed) > 1:
+            raise InputError(
+                "drop_parameters chooses what is removed, so nothing else can be named",
+                options={"drop_parameters": Change.OMIT},
+            )
 
     @property
     def shares(self) -> dict[str, float]:
@@ -243,9 +252,15 @@ class Structure:
         Parts are removed in this order."""
         count = self.layer_count
         layers = {"layers": f"{count} layer{'s' if count > 1 else ''}"} if count else {}
-        return layers | {
-            kind: f"{percent(share)} % of {kind}" for kind, share in self.shares.items() if share
+        found = layers | {
+            kind: f"{percent(round(share, 4))} % of {kind}"
+            for kind, share in self.shares.items()
+            if share
         }
+        if self.drop_parameters:
+            share = percent(self.drop_parameters)
+            found["parameters"] = f"{share} % of the decoder layers' parameters"
+        return found
 
     @property
     def resizes(self) -> bool:

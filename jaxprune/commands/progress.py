@@ -26,6 +26,7 @@ from jaxprune.streaming.observer import Observer
 MOST_COLUMNS = 6
 """Of a table of checkpoints, so that a terminal has room for it."""
 SHORTER = {
+    "mix": "--drop-channels in place of --drop-parameters",
     **dict.fromkeys(("layers", "experts", "heads", "channels"), "a smaller --nsamples or --seqlen"),
     "sensitivity": "a smaller --sensitivity-windows",
     "gram": "a smaller --nsamples or --seqlen",

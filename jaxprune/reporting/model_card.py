@@ -34,6 +34,11 @@ def summary(run: Run) -> list[tuple[str, str]]:
         rows.append(
             ("resumed", f"{run.resumed_layers} of {len(run.layers)} layers were pruned before")
         )
+    if run.removed.mix:
+        mix = " and ".join(run.removed.mix.structure.removed.values())
+        rows.append(
+            ("mix of parts removed", f"{mix}: the best of {len(run.removed.mix.candidates)}")
+        )
     if run.removed.layers:
         rows.append(("layers removed", ", ".join(map(str, sorted(run.removed.layers)))))
     if run.removed.predictors:

@@ -36,6 +36,8 @@ from jaxprune.streaming.sweep import Results
 
 LAYERS, EXPERTS, HEADS, CHANNELS = "layers", "experts", "heads", "channels"
 """What removals measure, or leave of each layer."""
+MIXES = "mixes"
+"""The divergence of each mix of removed parts that was tried."""
 SENSITIVITY, PRUNED, QUANTIZED = "sensitivity", "pruned", "quantized"
 TUNING, TUNED = "tuning", "tuned"
 CURVE = "curve"
@@ -44,7 +46,7 @@ TEXTS = "texts"
 WEIGHTS = "weights"
 """Digests of the dense weights; see `identity.SavedDigests`."""
 STAGES = {
-    *(LAYERS, EXPERTS, HEADS, CHANNELS, SENSITIVITY, PRUNED, QUANTIZED),
+    *(MIXES, LAYERS, EXPERTS, HEADS, CHANNELS, SENSITIVITY, PRUNED, QUANTIZED),
     *(TUNING, TUNED, CURVE, TEXTS, WEIGHTS),
 }
 """The first part of the names of saved results."""

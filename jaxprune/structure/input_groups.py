@@ -83,11 +83,11 @@ def selected(
     scaled = _scaled(gram)
     size = len(gram) // groups
     weights = kernel * scaled.scale[:, None]
-    factors = _factors(scaled.gram, weights, changes)
+    by_loss = factors(scaled.gram, weights, changes)
 
     def remove(count: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         inverted, weights, alive = state
-        _, chosen = jax.lax.top_k(-_costs(inverted, weights, factors, alive), count)
+        _, chosen = jax.lax.top_k(-_costs(inverted, weights, by_loss, alive), count)
         rows = (chosen[:, None] * size + jnp.arange(size, dtype=chosen.dtype)[None]).reshape(-1)
         columns = inverted[:, rows]
         block = inverse(columns[rows])
@@ -114,7 +114,7 @@ def _scaled(gram: Float[Array, "n n"]) -> Scaled:
     return precondition(jnp.where(jnp.trace(gram) > 0, gram, equal), DAMPING)
 
 
-def _factors(
+def factors(
     gram: Float[Array, "n n"], weights: Float[Array, "n m"], changes: Float[Array, "groups"]
 ) -> Float[Array, "groups"]:
     """Returns √(c_g / tr(W_gᵀ H_gg W_g)), whose mean is 1 before the square root."""
@@ -136,7 +136,7 @@ def _blocks(matrix: Float[Array, "n n"], groups: int) -> Float[Array, "groups si
 def _costs(
     inverted: Float[Array, "n n"],
     weights: Float[Array, "n m"],
-    factors: Float[Array, "groups"],
+    by_loss: Float[Array, "groups"],
     alive: Bool[Array, "groups"],
 ) -> Float[Array, "groups"]:
     """Returns what the removal of each group costs; infinity for those that are gone."""
@@ -149,7 +149,7 @@ def _costs(
         own = jnp.where(alive[:, None, None], own, jnp.eye(size, dtype=own.dtype))
         rows = weights.reshape(groups, size, -1)
         costs = jnp.sum(rows * jnp.linalg.solve(own, rows), axis=(1, 2))
-    return jnp.where(alive, factors * costs, jnp.inf)
+    return jnp.where(alive, by_loss * costs, jnp.inf)
 
 
 @jax.jit

@@ -37,6 +37,7 @@ from jaxprune.streaming.sweep import Results, sweep, timed
 from jaxprune.structure.experts import kept_experts
 from jaxprune.structure.input_groups import remove_inputs
 from jaxprune.structure.layers import dropped_layers, without_layers
+from jaxprune.structure.mix import Mix, chosen_mix
 from jaxprune.structure.predictors import without_predictors
 from jaxprune.structure.shapes import Units, cut, measured_units, units_of
 from jaxprune.structure.sizes import removal_of
@@ -86,6 +87,7 @@ class Removed:
         experts: layer index -> the experts that stayed, where some were removed. Layers are counted
             without those that were removed, here and in `units`.
         units: heads or channels -> which of them were removed.
+        mix: how many of each kind, where the run chose that; None: the recipe says it.
     """
 
     predictors: list[str] = dataclasses.field(default_factory=list)
@@ -93,6 +95,7 @@ class Removed:
     divergences: list[FiniteOrNull] = dataclasses.field(default_factory=list)
     experts: dict[str, list[Count]] = dataclasses.field(default_factory=dict)
     units: dict[str, RemovedUnits] = dataclasses.field(default_factory=dict)
+    mix: Mix | None = None
 
 
 class SmallerReader(DerivedReader):
@@ -194,6 +197,10 @@ def remove(
     if structure.resizes:
         model, predictors = without_predictors(model)
         removed = Removed(predictors)
+    if structure.drop_parameters:
+        with context.timed("mix"):
+            mix = chosen_mix(model, tokens, structure, _removing, context)
+        structure, removed = mix.structure, dataclasses.replace(removed, mix=mix)
     for kind in structure.removed:
         with context.timed(kind):
             if kind == "layers":
@@ -210,6 +217,12 @@ def remove(
                 model, units = remove_units(model, tokens, removal, context)
                 removed = dataclasses.replace(removed, units=removed.units | {kind: units})
     return model, removed
+
+
+def _removing(
+    model: StreamedModel, tokens: Int[np.ndarray, "w t"], structure: Structure
+) -> StreamedModel:
+    return remove(model, tokens, structure)[0]
 
 
 def removal_from(model: StreamedModel, kind: str, structure: Structure) -> Removal:
@@ -271,6 +284,10 @@ def without(
     """
     if structure.resizes:
         model, _ = without_predictors(model)
+    if structure.drop_parameters:
+        if removed.mix is None:
+            raise _unsaid("which mix of parts was removed", file)
+        structure = removed.mix.structure
     for kind in structure.removed:
         if kind == "layers":
             named = {*removed.layers} <= {*range(model.num_layers)}

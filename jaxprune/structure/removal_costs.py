@@ -1,5 +1,7 @@
-"""What it costs to remove heads or channels: the programs, with their shapes."""
+"""What it costs to remove heads or channels, and to choose a mix of parts: the programs, with their
+shapes."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
@@ -9,11 +11,15 @@ from jax import ShapeDtypeStruct as Shape
 from jaxprune.costs.program import PhaseCosts, Program, size_of
 from jaxprune.costs.run_sizes import Removal, RunSizes
 from jaxprune.costs.shapes import Shapes
+from jaxprune.evaluation import perplexity
 from jaxprune.models import Layer
 from jaxprune.solve import gram_matrices, layer_costs, sensitivity
-from jaxprune.structure import input_groups
+from jaxprune.structure import input_groups, mix
 from jaxprune.structure.removal import WINDOWS
 from jaxprune.structure.shapes import Units, measured_units, units_of
+
+PLANNED = 3
+"""The number of mixes that a plan assumes: the first one, and one step to heads and to layers."""
 
 
 def costs(kind: str, run: RunSizes) -> PhaseCosts:
@@ -88,3 +94,27 @@ def _of_input(
     yield Program(kind, f"select inputs of {units.readers[0]}", select, given, count, resident)
     solve = input_groups.optimum
     yield Program(kind, f"solve {units.readers[0]}", solve, (gram, kernel, rows), count, resident)
+
+
+def mix_costs(run: RunSizes) -> PhaseCosts:
+    """Returns what the choice of a mix costs, if a few mixes are tried, all about as costly as the
+    removal of channels alone."""
+    count = min(mix.WINDOWS, run.windows)
+    few = dataclasses.replace(run, windows=count)
+    one = costs("channels", few)
+    moved = sum(one.transfers.values()) * PLANNED
+    return PhaseCosts(mix_programs(few), 3 * one.states, {"mix": moved}, disk=one.disk)
+
+
+def mix_programs(run: RunSizes) -> Iterator[Program]:
+    """Yields the programs that choose a mix."""
+    removal = run.removal_of("channels")
+    for program in programs(run, removal):
+        yield dataclasses.replace(program, phase="mix", calls=PLANNED * program.calls)
+    for architecture, times in ((removal.before, 1), (removal.after, PLANNED)):
+        shapes = run.shapes_of(architecture)
+        x = shapes.batch(run.windows, run.length)
+        for layer, number in shapes.layers.items():
+            yield shapes.forward("mix", layer, x, times * number * run.windows)
+    tokens = run.windows * (run.length - 1)
+    yield perplexity.comparison("mix", run.shapes_of(removal.after), tokens, 2, PLANNED)

@@ -5,6 +5,8 @@ and this library build the smaller model from the changed configuration. A confi
 refuse is refused here, before any work.
 """
 
+import bisect
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from jaxprune.costs.run_sizes import Removal
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture, architecture_of
 from jaxprune.recipe_parts import Structure
+from jaxprune.sparsity.patterns import percent
 
 CHANNELS = (
     "intermediate_size",
@@ -39,6 +42,7 @@ def removals(architecture: Architecture, assets: Path, structure: Structure) -> 
     """Returns the removals of a recipe, in order.
 
     Where the recipe says how many layers are removed, but not which, they are the last ones here.
+    Where it says how many parameters, they are those of channels here.
 
     Args:
         architecture: of the dense model.
@@ -50,6 +54,8 @@ def removals(architecture: Architecture, assets: Path, structure: Structure) -> 
     """
     found: list[Removal] = []
     changes: Mapping[str, Any] = {}
+    if structure.drop_parameters:
+        structure = first_mix(architecture, assets, structure)
     for kind in structure.removed:
         found.append(removal_of(architecture, assets, kind, structure, changes))
         architecture, changes = found[-1].after, found[-1].changes
@@ -102,6 +108,69 @@ def smaller_architecture(
     """Returns the architecture after all removals; arguments and errors as for `removals`."""
     made = removals(architecture, assets, structure)
     return made[-1].after if made else architecture
+
+
+def layer_parameters(architecture: Architecture) -> int:
+    """Returns how many parameters the decoder layers have."""
+    spec = architecture.spec.items()
+    return sum(tensor.size for path, tensor in spec if path.startswith("layers."))
+
+
+def first_mix(architecture: Architecture, assets: Path, structure: Structure) -> Structure:
+    """Returns the mix of parts that is tried first where a recipe says how many parameters are
+    removed: channels alone, with as few layers as possible if these are too few.
+
+    Args:
+        architecture, assets: as for `removals`.
+        structure: what is removed.
+
+    Raises:
+        InputError: see `removals`, or no mix has so many parameters.
+    """
+    parts = Structure(channel_multiple=structure.channel_multiple)
+    for count in range(len(architecture.layers)):
+        mix = dataclasses.replace(parts, drop_layers=count)
+        if filled := with_channels(architecture, assets, mix, structure.drop_parameters):
+            return filled
+    raise InputError(
+        f"no mix of layers and channels has {percent(structure.drop_parameters)} % of the decoder "
+        "layers' parameters",
+        options={"drop_parameters": Change.LOWER},
+    )
+
+
+def with_channels(
+    architecture: Architecture, assets: Path, mix: Structure, share: float
+) -> Structure | None:
+    """Returns a mix with as few channels removed as make up for a fraction of the decoder layers'
+    parameters.
+
+    Args:
+        architecture, assets: as for `removals`.
+        mix: what is removed before the channels.
+        share: the fraction.
+
+    Returns:
+        The mix; None if even the most channels are too few.
+
+    Raises:
+        InputError: see `removals`.
+    """
+    most = (1 - share) * layer_parameters(architecture)
+    config = load_config(assets, {})
+    count = max(getattr(config, name, None) or 0 for name in CHANNELS)
+    multiple = mix.channel_multiple
+
+    def removing(multiples: int) -> Structure:
+        return dataclasses.replace(mix, drop_channels=multiples * multiple / count)
+
+    def enough(multiples: int) -> bool:
+        smaller = smaller_architecture(architecture, assets, removing(multiples))
+        return layer_parameters(smaller) <= most
+
+    every = range(max(1, -(-count // multiple)))
+    place = bisect.bisect_left(every, True, key=enough)
+    return removing(place) if place < len(every) else None
 
 
 def kept_layers(structure: Structure, architecture: Architecture) -> list[int]:
@@ -173,7 +242,7 @@ def _heads(
 ) -> tuple[Entries, Groups]:
     heads = getattr(hf, HEADS)
     kv_heads = getattr(hf, KV_HEADS, None) or heads
-    count = kv_heads if kv_heads > 1 else heads
+    count = head_groups(hf)
     keep = min(count - 1, max(1, round((1 - structure.drop_heads) * count)))
 
     def changes(keep: int) -> dict[str, Any]:
@@ -195,6 +264,18 @@ def _heads(
             options={"drop_heads": Change.OTHER if others else Change.OMIT},
         )
     return changes(keep), (count, keep)
+
+
+def head_groups(hf: Any) -> int:
+    """Returns how many groups of heads can be removed from a layer: key-value heads with their
+    query heads. If there is one key-value head, each query head is a group.
+
+    Args:
+        hf: the configuration.
+    """
+    heads = getattr(hf, HEADS)
+    kv_heads = getattr(hf, KV_HEADS, None) or heads
+    return kv_heads if kv_heads > 1 else heads
 
 
 def _channels(

@@ -51,6 +51,7 @@ RECIPES = [
     "--preset fast --quantize q5_0",
     "--preset fast --tune-chunks 2 --drop-experts 0.25 --route-all",
     "--drop-layers 2",
+    "--drop-parameters 0.3",
     "--drop-layers layers.4,layers.7 --sparsity 0.5",
     "--drop-heads 0.25 --drop-channels 0.2 --channel-multiple 32",
     "--weigh-outputs --sensitivity-windows 3",
