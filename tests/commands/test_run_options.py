@@ -226,7 +226,7 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --eval zero-shot --limit 0", "--limit must be at least 1"),
         (
             "--ckpt x --eval boolq",
-            "--eval takes ppl, samples, zero-shot or none, not 'boolq'; tasks go to --tasks",
+            "--eval takes ppl, samples, zero-shot, speed or none, not 'boolq'; tasks go to --tasks",
         ),
         (
             "--ckpt x --tasks boolq",

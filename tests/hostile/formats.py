@@ -212,7 +212,7 @@ _ARRAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "as-nan": lambda ids: np.where(ids == ids.max(), np.nan, ids),
     "as-complex": lambda ids: ids.astype(np.complex64),
     "as-bool": lambda ids: ids > 5,
-    "as-text": lambda ids: ids.astype("U5"),
+    "as-text": lambda ids: ids.astype(str),
     "as-date": lambda ids: ids.astype("M8[s]"),
     "as-record": lambda ids: np.rec.fromarrays([ids, ids]),
     "as-bytes": lambda ids: ids.astype(np.uint8),
