@@ -16,7 +16,7 @@ from jaxprune.streaming.model import StreamedModel
 from tests.helpers import families, tiny
 from tests.helpers.optional import needs_torch
 
-LINE = "--nsamples 4 --seqlen 32 --sparsity 0.5"
+LINE = "--nsamples 4 --seqlen 32"
 Content = tuple[tuple[int, ...], str, bytes]
 
 
@@ -59,6 +59,8 @@ def watched(folder: Path) -> Iterator[list[set[int]]]:
 
 def require_one_at_a_time(folder: Path, text: Path, line: str) -> None:
     argv = ["--ckpt", str(folder), "--calib", str(text), *LINE.split(), *line.split()]
+    if "--drop-channels" not in argv and "--drop-parameters" not in argv:
+        argv += ["--sparsity", "0.5"]
     argv += ["--eval-text", str(text)] if "--eval" in argv else ["--eval", "none"]
     with watched(folder) as found:
         assert main([*argv, "--out", str(folder.with_name("out"))]) == 0
@@ -73,6 +75,8 @@ def require_one_at_a_time(folder: Path, text: Path, line: str) -> None:
         "--weigh-outputs --max-deviation 0.2",
         "--method wanda --quantize q4_0",
         "--method magnitude --eval ppl --eval-windows 2",
+        "--drop-heads 0.5 --drop-channels 0.34 --channel-multiple 8",
+        "--drop-parameters 0.3 --channel-multiple 8",
     ],
 )
 def test_one_layer_is_on_the_device_at_a_time(line: str, text: Path, tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ RECIPES = {
         *"--preset best --sparsity 0.6 --asymmetry 0.25 --token-power 0.5 --tune-epochs 0.4".split()
     ],
     "Wanda": ["--method", "wanda", "--pattern", "2:4", "--finish-steps", 2],
+    "removal": "--drop-layers 1 --drop-heads 0.5 --drop-channels 0.34 --channel-multiple 8".split(),
+    "mix": "--drop-parameters 0.3 --channel-multiple 8".split(),
 }
 TOGETHER = """
 import json, sys
@@ -105,6 +107,13 @@ def test_eight_devices_do_as_one(line: list[object], tmp_path: Path) -> None:
     for name, found, expected in pairs(tmp_path / "out", single("best", line, tmp_path)):
         assert ((found == 0) == (expected == 0)).mean() > 0.999, name
         assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["removal", "mix"])
+def test_eight_devices_remove_as_one(recipe: str, line: list[object], tmp_path: Path) -> None:
+    run_all([*line, *RECIPES[recipe], "--devices", 8, "--out", tmp_path / "out"])
+    assert_close(tmp_path / "out", single(recipe, line, tmp_path))
 
 
 @needs_torch
@@ -239,6 +248,12 @@ def test_two_processes_tune_on_a_text_as_one(line: list[object], tmp_path: Path)
     ]
     np.testing.assert_allclose(*curves, rtol=1e-3)
     assert len(curves[0]) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_same_mix(line: list[object], tmp_path: Path) -> None:
+    finish(*pair([*line, *RECIPES["mix"], "--out", tmp_path / "out"]))
+    assert_close(tmp_path / "out", single("mix", line, tmp_path))
 
 
 @pytest.mark.slow

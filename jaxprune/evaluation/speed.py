@@ -126,7 +126,7 @@ def measure_speed(
         if not ENGINES[setting.engine].installed:
             continue
         with tempfile.TemporaryDirectory(prefix="jaxprune-speed-") as folder:
-            places = dict(_written(models, setting, Path(folder)))
+            places = dict(written(models, setting, Path(folder)))
             what = f"{setting}, {lengths[0]} prompt tokens and {lengths[1]} generated tokens"
             observer.started(f"speed in {what}", ROUNDS * len(places), unit="measurements")
             rounds: dict[str, list[Timing]] = {name: [] for name in places}
@@ -160,10 +160,17 @@ def _holds(setting: Setting, reader: Reader) -> bool:
     return True
 
 
-def _written(
+def written(
     models: Mapping[str, StreamedModel], setting: Setting, folder: Path
 ) -> Iterator[tuple[str, Path]]:
-    """Yields checkpoints and where they were written in a setting's format."""
+    """Yields checkpoints and where they were written in a setting's format.
+
+    Args:
+        models: name -> checkpoint. One that the format cannot hold is left out.
+        setting: the setting.
+        folder: the folder, which is created.
+    """
+    folder.mkdir(exist_ok=True)
     for number, (name, model) in enumerate(models.items()):
         gguf = setting.to == "gguf"
         place = folder / f"{number}{'.gguf' if gguf else ''}"

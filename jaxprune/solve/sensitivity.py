@@ -214,8 +214,9 @@ def _reverse(
         _differentiate_loss(model, states, tokens)
     order = range(top)[::-1]
     for index, params in zip(order, model.layers(order), strict=True):
-        own = model.put_layer(index, params)
-        layer = _reverse_layer(model, index, own, inputs.pop(), states, units[index])
+        layer = _reverse_layer(
+            model, index, model.put_layer(index, params), inputs.pop(), states, units[index]
+        )
         _require_finite(layer)
         if index not in found:
             saved.put(index, layer)

@@ -1,29 +1,25 @@
 r"""Selects the inputs of a linear layer that matter least, and re-optimizes the others exactly.
 
-With the damped Gram matrix H of the inputs, removing the group of inputs g costs
+The selection is ADMM (`methods.admm`) under a pattern that keeps whole groups of inputs. In each of
+its iterations the groups with the largest scores stay. With V = W + U in the scaled coordinates of
+ADMM, the score of the group g is
 
-    tr(W_gᵀ ([H⁻¹]_gg)⁻¹ W_g)
+    ‖V_g‖² · √(c_g / tr(W₀_gᵀ G_gg W₀_g))
 
-if all other weights are updated optimally (optimal brain surgeon). This is an error of the layer's
-output. How much the loss depends on the group is known from its gradients: the first-order change
-of the loss without the group, squared and summed over tokens, c_g. The same change of the output is
-tr(W₀_gᵀ H_gg W₀_g). The cost is multiplied by √(c_g / tr(W₀_gᵀ H_gg W₀_g)), the geometric mean
-between a criterion of the output and one of the loss.
-
-Groups are removed in steps. In each step the cheapest ones go together, W is updated, and H⁻¹ is
-downdated to that of the inputs that remain. At the end the remaining weights are solved for again
-from H, so errors of the steps do not add up: W_K = H_KK⁻¹ H_K· W₀.
+‖V_g‖² measures the error of the layer's output. The other factor measures how much the loss depends
+on that error: c_g is the first-order change of the loss without the group, squared and summed over
+tokens, and the trace is the same change of the output. At the end the remaining weights are solved
+for exactly: W_K = H_KK⁻¹ H_K· W₀, with the damped Gram matrix H of the inputs.
 
 References:
-    Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", NIPS
-    1992.
-    Ling et al., "SlimGPT: Layer-wise Structured Pruning for Large Language Models", NeurIPS 2024
-    (arXiv 2412.18110).
+    Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024 (arXiv
+    2401.02938), Algorithm 1.
     Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019 (arXiv
     1906.10771), for c_g.
 """
 
-import math
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -31,15 +27,57 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxprune.methods.admm import ADMM
 from jaxprune.methods.linalg import Scaled, inverse, matmul, precondition, quadratic
 from jaxprune.sharding import fetch
+from jaxprune.sparsity.selection import Mask, Scores, Selector, counts, keep_largest
 
-DAMPING = 0.2
-"""Added to the diagonal of the scaled Gram matrix, as a fraction of its mean."""
-STEPS = 64
-"""Number of steps in which groups are removed, at most."""
+METHOD = ADMM(damping=0.2)
+"""Selects the inputs. Its damping is that of the re-optimization too."""
 LEAST = 1e-6
-"""The least factor of a cost, as a fraction of the mean."""
+"""The smallest ratio of a change of the loss to that of the output, as a fraction of the mean."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """A pattern that keeps whole groups of consecutive inputs.
+
+    Attributes:
+        keep: how many groups stay.
+        factors: [groups], the factors of their scores.
+    """
+
+    keep: int
+    factors: Float[Array, "groups"]
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.keep / len(self.factors)
+
+    @property
+    def group(self) -> None:
+        return None
+
+    def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
+        zeros = counts(len(self.factors), self.sparsity, progress)
+        return _GroupSelector(zeros, keep_largest, self.factors)
+
+    def zeros(self, shape: tuple[int, ...]) -> int:
+        return shape[0] * shape[1] // len(self.factors) * (len(self.factors) - self.keep)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _GroupSelector(Selector):
+    """Selects groups of inputs by the sum of their squared scores, times factors."""
+
+    factors: Float[Array, "groups"]
+
+    def __call__(self, scores: Scores, step: int | Int[Array, ""] = -1) -> Mask:
+        groups = len(self.factors)
+        energies = jnp.sum(scores * scores, axis=1).reshape(groups, -1).sum(axis=1)
+        kept = self.rule((energies * self.factors)[:, None], self.zeros[step])
+        return jnp.broadcast_to(jnp.repeat(kept, len(scores) // groups, axis=0), scores.shape)
 
 
 def remove_inputs(
@@ -77,79 +115,36 @@ def selected(
     changes: Float[Array, "groups"],
 ) -> Bool[Array, "groups"]:
     """Returns which groups stay; arguments as for `remove_inputs`."""
-    groups = len(changes)
-    step = math.ceil((groups - keep) / STEPS)
-    steps, last = divmod(groups - keep, step)
     scaled = _scaled(gram)
-    size = len(gram) // groups
     weights = kernel * scaled.scale[:, None]
-    by_loss = factors(scaled.gram, weights, changes)
+    pattern = Groups(keep, factors(scaled.gram, weights, changes))
+    found = METHOD.solve(METHOD.prepare(_known(gram)), kernel, pattern)
+    return found.mask.reshape(len(changes), -1)[:, 0]
 
-    def remove(count: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        inverted, weights, alive = state
-        _, chosen = jax.lax.top_k(-_costs(inverted, weights, by_loss, alive), count)
-        rows = (chosen[:, None] * size + jnp.arange(size, dtype=chosen.dtype)[None]).reshape(-1)
-        columns = inverted[:, rows]
-        block = inverse(columns[rows])
-        weights = weights - matmul(columns, matmul(block, weights[rows]))
-        inverted = inverted - matmul(columns, matmul(block, columns.T))
-        # What is left there is rounding: the removed inputs no longer matter.
-        weights = weights.at[rows].set(0)
-        inverted = inverted.at[rows].set(0).at[:, rows].set(0)
-        return inverted, weights, alive.at[chosen].set(False)
 
-    state = (
-        inverse(scaled.gram),
-        weights,
-        jnp.ones((groups,), jnp.bool_),
-    )
-    state = jax.lax.fori_loop(0, steps, lambda _, state: remove(step, state), state)
-    return (remove(last, state) if last else state)[2]
+def _known(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """Returns the Gram matrix; without any tokens, that of inputs which all count equally."""
+    equal = jnp.eye(len(gram), dtype=gram.dtype)
+    return jnp.where(jnp.trace(gram) > 0, gram, equal)
 
 
 def _scaled(gram: Float[Array, "n n"]) -> Scaled:
-    """Returns the Gram matrix with a diagonal of ones, damped. Without any tokens, all inputs count
-    equally."""
-    equal = jnp.eye(len(gram), dtype=gram.dtype)
-    return precondition(jnp.where(jnp.trace(gram) > 0, gram, equal), DAMPING)
+    """Returns the Gram matrix with a diagonal of ones, damped."""
+    return precondition(_known(gram), METHOD.damping)
 
 
 def factors(
     gram: Float[Array, "n n"], weights: Float[Array, "n m"], changes: Float[Array, "groups"]
 ) -> Float[Array, "groups"]:
-    """Returns √(c_g / tr(W_gᵀ H_gg W_g)), whose mean is 1 before the square root."""
-    rows = weights.reshape(len(changes), -1, weights.shape[1])
-    outputs = jnp.sum(rows * matmul(_blocks(gram, len(changes)), rows), axis=(1, 2))
+    """Returns √(c_g / tr(W_gᵀ G_gg W_g)), with means of 1 below the square root."""
+    groups, places = len(changes), jnp.arange(len(changes))
+    blocks = gram.reshape(groups, len(gram) // groups, groups, -1)[places, :, places, :]
+    rows = weights.reshape(groups, -1, weights.shape[1])
+    outputs = jnp.sum(rows * matmul(blocks, rows), axis=(1, 2))
     ratios = changes / jnp.maximum(outputs, jnp.finfo(outputs.dtype).tiny)
     mean = jnp.mean(ratios)
     ratios = jnp.where(mean > 0, ratios / mean, jnp.ones_like(ratios))
     return jnp.sqrt(jnp.maximum(ratios, LEAST))
-
-
-def _blocks(matrix: Float[Array, "n n"], groups: int) -> Float[Array, "groups size size"]:
-    """Returns the blocks on the diagonal."""
-    size = len(matrix) // groups
-    places = jnp.arange(groups)
-    return matrix.reshape(groups, size, groups, size)[places, :, places, :]
-
-
-def _costs(
-    inverted: Float[Array, "n n"],
-    weights: Float[Array, "n m"],
-    by_loss: Float[Array, "groups"],
-    alive: Bool[Array, "groups"],
-) -> Float[Array, "groups"]:
-    """Returns what the removal of each group costs; infinity for those that are gone."""
-    groups = len(alive)
-    size = len(inverted) // groups
-    if size == 1:
-        costs = jnp.sum(weights * weights, axis=1) / jnp.diagonal(inverted)
-    else:
-        own = _blocks(inverted, groups)
-        own = jnp.where(alive[:, None, None], own, jnp.eye(size, dtype=own.dtype))
-        rows = weights.reshape(groups, size, -1)
-        costs = jnp.sum(rows * jnp.linalg.solve(own, rows), axis=(1, 2))
-    return jnp.where(alive, by_loss * costs, jnp.inf)
 
 
 @jax.jit

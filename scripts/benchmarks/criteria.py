@@ -9,23 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from markdown import markdown
 
 import jaxprune
 from jaxprune import calibration
 from jaxprune.evaluation import perplexity
-from jaxprune.methods.linalg import inverse, matmul, precondition
+from jaxprune.methods.linalg import precondition
 from jaxprune.recipe_parts import Structure
 from jaxprune.solve.sensitivity import evenly_spaced
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.structure import layers, removal
-from jaxprune.structure.input_groups import DAMPING, factors, optimum, selected
+from jaxprune.structure.input_groups import METHOD, optimum, selected
 
 Choice = Callable[[jax.Array, jax.Array, jax.Array, int], np.ndarray]
 """Gram matrix, kernel, changes of the loss, number that stays -> the groups that stay."""
-ITERATIONS = 50
+SURGEON_STEPS = 64
 
 
 def main() -> None:
@@ -134,8 +133,29 @@ def by_output_and_loss(gram: jax.Array, kernel: jax.Array, changes: jax.Array, k
 
 
 def by_output(gram: jax.Array, kernel: jax.Array, changes: jax.Array, keep: int) -> Any:
-    """Optimal brain surgeon, as SlimGPT (arXiv 2412.18110) but for its order of the layers."""
     return np.flatnonzero(selected(keep, gram, kernel, jnp.zeros_like(changes)))
+
+
+def by_surgeon(gram: jax.Array, kernel: jax.Array, changes: jax.Array, keep: int) -> Any:
+    """Optimal brain surgeon, as SlimGPT (arXiv 2412.18110) in each layer for itself: the group g
+    costs tr(W_gᵀ ([H⁻¹]_gg)⁻¹ W_g). After each step W is updated, and H⁻¹ downdated."""
+    scaled = precondition(gram, METHOD.damping)
+    inverted = np.linalg.inv(np.asarray(scaled.gram, np.float64))
+    weights = np.asarray(kernel * scaled.scale[:, None], np.float64)
+    alive, size = np.arange(len(changes)), len(gram) // len(changes)
+    while len(alive) > keep:
+        places = alive[:, None] * size + np.arange(size)
+        own = inverted[places[:, :, None], places[:, None, :]]
+        costs = np.sum(weights[places] * np.linalg.solve(own, weights[places]), axis=(1, 2))
+        count = min(-(-(len(changes) - keep) // SURGEON_STEPS), len(alive) - keep)
+        gone = np.argsort(costs)[:count]
+        rows = places[gone].reshape(-1)
+        columns = inverted[:, rows]
+        block = np.linalg.inv(columns[rows])
+        weights = weights - columns @ (block @ weights[rows])
+        inverted = inverted - columns @ block @ columns.T
+        alive = np.delete(alive, gone)
+    return alive
 
 
 def by_loss(gram: jax.Array, kernel: jax.Array, changes: jax.Array, keep: int) -> Any:
@@ -157,43 +177,10 @@ def by_chance(gram: jax.Array, kernel: jax.Array, changes: jax.Array, keep: int)
     return np.random.default_rng(0).permutation(len(changes))[:keep]
 
 
-def by_admm(gram: jax.Array, kernel: jax.Array, changes: jax.Array, keep: int) -> Any:
-    return np.asarray(admm(keep, gram, kernel, jnp.zeros_like(changes)))
-
-
-def by_admm_and_loss(gram: jax.Array, kernel: jax.Array, changes: jax.Array, keep: int) -> Any:
-    return np.asarray(admm(keep, gram, kernel, changes))
-
-
-@partial(jax.jit, static_argnums=0)
-def admm(keep: int, gram: jax.Array, kernel: jax.Array, changes: jax.Array) -> jax.Array:
-    """Algorithm 1 of the paper, with a projection onto the largest groups of rows."""
-    groups, scaled = len(changes), precondition(gram, DAMPING)
-    weights = kernel * scaled.scale[:, None]
-    by_loss = factors(scaled.gram, weights, changes)
-    wanted = matmul(scaled.gram, weights)
-    solve = inverse(scaled.gram + jnp.eye(len(gram), dtype=gram.dtype))
-
-    def largest_of(values: jax.Array) -> jax.Array:
-        norms = jnp.sum(values * values, axis=1).reshape(groups, -1).sum(axis=1)
-        return lax.top_k(by_loss * norms, keep)[1]
-
-    def step(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        w, u = state
-        mask = jnp.zeros((groups,), jnp.bool_).at[largest_of(w + u)].set(True)
-        z = jnp.where(jnp.repeat(mask, len(gram) // groups)[:, None], w + u, jnp.zeros_like(w))
-        u = u + w - z
-        return matmul(solve, wanted + z - u), u
-
-    w, u = lax.fori_loop(0, ITERATIONS, step, (weights, jnp.zeros_like(weights)))
-    return largest_of(w + u)
-
-
 CHOICES: dict[str, Choice] = {
     "output and loss (jaxprune)": by_output_and_loss,
-    "output (optimal brain surgeon)": by_output,
-    "output (ADMM on rows)": by_admm,
-    "output and loss (ADMM on rows)": by_admm_and_loss,
+    "output (ADMM alone)": by_output,
+    "output (optimal brain surgeon)": by_surgeon,
     "loss (first order)": by_loss,
     "weights and inputs (FASP)": by_activations,
     "magnitude": by_magnitude,

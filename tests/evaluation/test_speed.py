@@ -112,7 +112,7 @@ def test_a_failing_engine_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(speed, "_written", lambda models, setting, folder: [("it", folder)])
+    monkeypatch.setattr(speed, "written", lambda models, setting, folder: [("it", folder)])
     assert main([str(checkpoint), "--eval", "speed", "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert f"{TRANSFORMERS} cannot run it: " in told and "Traceback" not in told
