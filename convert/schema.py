@@ -58,10 +58,15 @@ def _adapter(schema: Any) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(schema)
 
 
-def dump(value: Any) -> Any:
-    """Returns JSON of a dataclass, from which `check` makes an equal one."""
+def dump(value: Any, *, defaults: bool = True) -> Any:
+    """Returns JSON of a dataclass, from which `check` makes an equal one.
+
+    Args:
+        value: the dataclass.
+        defaults: whether to keep the fields that have their default.
+    """
     adapter = _adapter(type(value))  # type: ignore[arg-type]
-    return adapter.dump_python(value, mode="json", by_alias=True)
+    return adapter.dump_python(value, mode="json", by_alias=True, exclude_defaults=not defaults)
 
 
 def read(schema: type[S], path: Path, *, error: type[UserError] = DamagedError) -> S:

@@ -168,7 +168,8 @@ class Bench:
         if cell.recipe is None:
             identity["recipe"] = "dense"
         else:
-            identity["recipe"] = dump(cell.recipe)
+            # So that a new option makes no cell of the old ones useless.
+            identity["recipe"] = dump(cell.recipe, defaults=False)
             if stream := self._stream(cell):
                 identity["tuning_text"] = dump(stream.identity)
         if cell.linear:
